@@ -1,0 +1,30 @@
+# make demo | make test | make conformance IMPL='./my-port' | make install IMPL=py|sh | make uninstall
+
+PREFIX ?= /usr/local
+UNITDIR ?= /etc/systemd/system
+DESTDIR ?=
+IMPL ?=
+
+PROGRAM = $(DESTDIR)$(PREFIX)/sbin/azure-provisioning
+UNIT = $(DESTDIR)$(UNITDIR)/azure-provisioning.service
+
+demo:
+	@python3 tests/demo.py $(if $(IMPL),'$(IMPL)')
+
+test:
+	@tests/test
+
+conformance:
+	@python3 tests/run.py $(if $(IMPL),'$(IMPL)')
+
+install:
+	@case '$(IMPL)' in py | sh) ;; *) echo 'make install needs IMPL=py or IMPL=sh' >&2; exit 2 ;; esac
+	install -d '$(dir $(PROGRAM))' '$(dir $(UNIT))'
+	install -m 755 azure-provisioning.$(IMPL) '$(PROGRAM)'
+	sed 's|^ExecStart=/usr/local/|ExecStart=$(PREFIX)/|' azure-provisioning.service >'$(UNIT)'
+	chmod 644 '$(UNIT)'
+
+uninstall:
+	rm -f '$(PROGRAM)' '$(UNIT)'
+
+.PHONY: demo test conformance install uninstall

@@ -1,0 +1,197 @@
+"""An Azure host on loopback for the tests: a WireServer and an IMDS whose answers are data.
+
+    with Host({'goalstate': [Answer('body', b'<GoalState>...')]}) as host:
+        run_a_program(host.wireserver, host.imds)
+    for request in host.requests: ...
+
+Everything is bound to 127.0.0.1 on ports the kernel picks, and serves until the block ends.
+"""
+import collections
+import fcntl
+import os
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+
+ENDPOINTS = {  # what is asked for -> the request line's beginning
+    'goalstate': 'GET /machine?comp=goalstate',
+    'health': 'POST /machine?comp=health',
+    'computerName': 'GET /metadata/instance/compute/osProfile/computerName?api-version=2021-02-01&format=text',
+    'name': 'GET /metadata/instance/compute/name?api-version=2019-06-01&format=text',
+}
+FAULTS = ('silent', 'close', 'reset', 'drip', 'endless', 'endless-lines', 'endless-chunks', 'gigabyte')
+LONGEST = 60  # seconds that a fault goes on, should nobody hang up
+MOST = 64 << 20  # bytes that an endless reply sends, should nobody hang up
+
+# kind: 'http', all the bytes of a reply; 'body', the body of a good one; 'reset', bytes and then a reset;
+# 'fault', a word of FAULTS
+Answer = collections.namedtuple('Answer', 'kind data')
+Request = collections.namedtuple('Request', 'line headers body time server')
+
+
+def loopback_only():
+    """Go on in a network namespace without a link to the outside, where the machine lets us.
+
+    A program under test that ignores its settings would otherwise talk to a real metadata service.
+    """
+    if os.environ.get('LOOPBACK_ONLY') != 'tried':
+        os.environ['LOOPBACK_ONLY'] = 'tried'
+        isolate = ['unshare', '--net'] if os.getuid() == 0 else ['unshare', '--map-root-user', '--net']
+        if shutil.which('unshare') and subprocess.call(isolate + ['true'], stderr=subprocess.DEVNULL) == 0:
+            os.execvp('unshare', isolate + [sys.executable] + sys.argv)
+        print('no network namespace can be had: going on with loopback addresses alone')
+    elif os.listdir('/sys/class/net') and not reachable():
+        with socket.socket() as control:  # lo is down in a new namespace: SIOCSIFFLAGS, IFF_UP
+            fcntl.ioctl(control, 0x8914, struct.pack('16sh14x', b'lo', 1))
+
+
+def reachable():
+    """Whether 127.0.0.1 can be talked to."""
+    with socket.socket() as listener, socket.socket() as client:
+        listener.bind(('127.0.0.1', 0))
+        listener.listen(1)
+        return client.connect_ex(listener.getsockname()) == 0
+
+
+def is_loopback(url):
+    """Whether a base URL is one that tests may talk to."""
+    return re.match(r'\w+://([^/@]*@)?(127\.\d+\.\d+\.\d+|localhost|\[::1\])(?![\w.-])', url) is not None
+
+
+class Host:
+    """The servers; each answer of an endpoint is given once, and the last one from then on."""
+
+    def __init__(self, answers):
+        self.answers = answers
+        self.requests = []
+        self.asked = collections.Counter()
+        self.lock = threading.Lock()
+        self.ended = threading.Event()
+        self.sockets = []
+
+    def __enter__(self):
+        self.wireserver = self.listen('wireserver')
+        self.imds = self.listen('imds')
+        self.elsewhere = self.listen('elsewhere')  # where redirects and proxies point: nobody is to come here
+        self.refused = self.listen(None)
+        return self
+
+    def __exit__(self, *_):
+        self.ended.set()
+        with self.lock:
+            sockets, self.sockets = self.sockets, None
+        for each in sockets:
+            try:
+                each.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+            each.close()
+
+    def listen(self, server):
+        """Open a server on a port of its own; without a name, one that refuses every connection."""
+        listener = socket.socket()
+        listener.bind(('127.0.0.1', 0))
+        self.sockets.append(listener)
+        if server:
+            listener.listen(64)
+            threading.Thread(target=self.accept, args=(listener, server), daemon=True).start()
+        return 'http://127.0.0.1:%d' % listener.getsockname()[1]
+
+    def accept(self, listener, server):
+        while not self.ended.is_set():
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with self.lock:
+                if self.sockets is None:
+                    return connection.close()
+                self.sockets.append(connection)
+            threading.Thread(target=self.serve, args=(connection, server), daemon=True).start()
+
+    def serve(self, connection, server):
+        try:
+            request = self.receive(connection, server)
+            if request:
+                self.reply(connection, self.answer(request))
+        except OSError:
+            pass  # the program hung up
+        connection.close()
+
+    def receive(self, connection, server):
+        connection.settimeout(LONGEST)
+        received = b''
+        while b'\r\n\r\n' not in received:
+            more = connection.recv(65536)
+            if not more:
+                return None
+            received += more
+        head, _, body = received.partition(b'\r\n\r\n')
+        line, *headers = head.decode('latin-1').split('\r\n')
+        headers = dict(header.split(': ', 1) for header in headers if ': ' in header)
+        length = int(next((value for name, value in headers.items() if name.lower() == 'content-length'), 0))
+        while len(body) < length:
+            body += connection.recv(65536) or b'\0' * length
+        request = Request(re.sub(r' HTTP/1\.1$', '', line), headers, body, time.monotonic(), server)
+        with self.lock:
+            self.requests.append(request)
+        return request
+
+    def answer(self, request):
+        """The next answer of the endpoint that is asked for."""
+        for endpoint, line in ENDPOINTS.items():
+            if request.line == line and self.answers.get(endpoint):
+                with self.lock:
+                    turn = self.asked[endpoint]
+                    self.asked[endpoint] += 1
+                answers = self.answers[endpoint]
+                return answers[min(turn, len(answers) - 1)]
+        return Answer('http', b'HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n')
+
+    def reply(self, connection, answer):
+        data = answer.data
+        if answer.kind == 'fault':
+            return self.fault(connection, data)
+        if answer.kind == 'body':
+            data = b'HTTP/1.1 200 OK\r\nContent-Type: text/xml; charset=utf-8\r\nContent-Length: %d\r\n\r\n%s' % (
+                len(data), data)
+        connection.sendall(data.replace(b'{elsewhere}', self.elsewhere.encode()))
+        if answer.kind == 'reset':
+            self.reset(connection)
+        else:
+            connection.shutdown(socket.SHUT_WR)
+            connection.recv(1)  # until the program has read all of it
+
+    @staticmethod
+    def reset(connection):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+
+    def fault(self, connection, word):
+        """What goes wrong below HTTP, or without end."""
+        head = b'HTTP/1.1 200 OK\r\n'
+        if word == 'silent':
+            connection.recv(1)
+        elif word == 'reset':
+            self.reset(connection)
+        elif word == 'drip':
+            connection.sendall(head + b'Content-Length: 1000\r\n\r\n')
+            for _ in range(LONGEST):
+                connection.sendall(b'<')
+                if self.ended.wait(1):
+                    return
+        elif word.startswith('endless') or word == 'gigabyte':
+            block, extra = b'x' * 65536, b''
+            if word == 'endless-lines':
+                block = b'<a>x</a>\n' * 7000
+            elif word == 'endless-chunks':
+                block, extra = b'10000\r\n' + block + b'\r\n', b'Transfer-Encoding: chunked\r\n'
+            elif word == 'gigabyte':
+                extra = b'Content-Length: 1073741824\r\n'
+            connection.sendall(head + extra + b'\r\n')
+            for _ in range(MOST // len(block)):
+                connection.sendall(block)

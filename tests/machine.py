@@ -1,0 +1,154 @@
+#!/usr/bin/env python3
+"""What no case can show: signals, a goal state cut at every byte, and a machine without hostnamectl.
+
+python3 tests/machine.py [PROGRAM]... prints a line a check, in TAP. Exit status: 0 all passed or were skipped, 1.
+The checks without hostnamectl write /etc/hostname: each runs in mount and UTS namespaces of its own, on a scratch /etc.
+"""
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+
+from host import Answer, Host, loopback_only
+from run import OURS, TESTS
+
+DOCUMENT = (TESTS / 'cases' / 'goal-states' / 'must-platform' / 'goalstate.body').read_bytes()
+TAKEN = Answer('http', b'HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n')
+
+
+def start(program, host, *steps, **settings):
+    environment = dict(PATH='%s:%s' % (TESTS / 'stand-ins', os.environ['PATH']), COMMANDS='/dev/null',
+                       AZURE_PROVISIONING_WIRESERVER=host.wireserver, AZURE_PROVISIONING_IMDS=host.imds, **settings)
+    return subprocess.Popen(shlex.split(program) + list(steps), env=environment, stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+
+
+def cut_at_every_byte(program):
+    """A goal state cut at any byte is refused, and the whole one then taken."""
+    prefixes = [DOCUMENT[:length] for length in range(DOCUMENT.rindex(b'>') + 1)]
+    with Host({'goalstate': [Answer('body', each) for each in prefixes + [DOCUMENT]], 'health': [TAKEN]}) as host:
+        process = start(program, host, 'ready', AZURE_PROVISIONING_ATTEMPTS=str(len(prefixes) + 1),
+                        AZURE_PROVISIONING_INTERVAL='0')
+        _, stderr = process.communicate(timeout=300)
+        posts = [request for request in host.requests if request.body]
+    assert stderr == ''.join('ready: attempt %d of %d: goal state: not a goal state\n' % (number, len(prefixes) + 1)
+                             for number in range(1, len(prefixes) + 1)), stderr[-500:]
+    assert len(posts) == 1 and len(host.requests) == len(prefixes) + 2, len(posts)
+    assert process.returncode == 0, process.returncode
+
+
+def ended_by(number, program):
+    """A signal ends the run while it waits for an answer, without another word."""
+    with Host({'goalstate': [Answer('fault', 'silent')]}) as host:
+        process = start(program, host, 'ready')
+        while not host.requests:
+            assert process.poll() is None, process.communicate()
+        # to the program and the client it may have started, as systemd and a terminal do
+        for pid in [process.pid] + children(process.pid):
+            os.kill(pid, number)
+        stdout, stderr = process.communicate(timeout=20)
+    assert process.returncode == -number, process.returncode
+    assert (stdout, stderr) == ('Retrieving goal state from the Wireserver\n', ''), (stdout, stderr)
+
+
+def children(pid):
+    with open('/proc/%d/task/%d/children' % (pid, pid)) as found:
+        pids = [int(each) for each in found.read().split()]
+    return pids + [each for child in pids for each in children(child)]
+
+
+def sigterm(program):
+    """SIGTERM ends the run while it waits for an answer, without another word."""
+    ended_by(signal.SIGTERM, program)
+
+
+def sigint(program):
+    """SIGINT ends the run while it waits for an answer, without another word."""
+    ended_by(signal.SIGINT, program)
+
+
+def nobody_listens(program):
+    """Ready is reported though nothing that is printed gets anywhere."""
+    for where in ('/dev/full', '/dev/null'):
+        with Host({'goalstate': [Answer('body', DOCUMENT)], 'health': [TAKEN]}) as host:
+            command = 'exec "$@" >%s 2>%s' % (where, where) if where == '/dev/full' else 'exec "$@" <&- >&- 2>&-'
+            process = start('sh -c %s sh %s' % (shlex.quote(command), program), host, 'ready')
+            process.communicate(timeout=30)
+            assert process.returncode == 0, process.returncode
+            assert [request.line[:4] for request in host.requests] == ['GET ', 'POST'], host.requests
+
+
+def without_hostnamectl(program):
+    """Without hostnamectl, /etc/hostname is replaced and the kernel's name set."""
+    did = on_scratch_etc(program, 'chmod 600 /etc/hostname; umask 077')
+    assert did == (0, '', 'web-1 web-1 644 hostname\n'), did
+
+
+def read_only_etc(program):
+    """A read-only /etc: the step fails and says so, and the names stay."""
+    did = on_scratch_etc(program, 'mount -o remount,ro /etc')
+    assert did == (1, 'hostname: cannot write /etc/hostname\n', 'old old 644 hostname\n'), did
+
+
+def full_etc(program):
+    """A full disk: the same, and nothing half-written is left."""
+    did = on_scratch_etc(program, 'head -c 9000 /dev/zero >/etc/full 2>/dev/null')
+    assert did == (1, 'hostname: cannot write /etc/hostname\n', 'old old 644 full hostname\n'), did
+
+
+class Skipped(Exception):
+    """A check that this machine does not allow."""
+
+
+def on_scratch_etc(program, prepare):
+    """Run the hostname step where hostnamectl fails; return what came of it."""
+    unshare = ['unshare', '--mount', '--uts', '--propagation', 'private'] + ['--map-root-user'] * (os.getuid() != 0)
+    if subprocess.call(unshare + ['sh', '-c', 'mount -t tmpfs none /etc'], stderr=subprocess.DEVNULL) != 0:
+        raise Skipped('no mount namespace can be had')
+    script = """
+        mount -t tmpfs -o size=8k none /etc && echo old >/etc/hostname && echo old >/proc/sys/kernel/hostname || exit 99
+        %s
+        "$@"
+        status=$?
+        read -r name </etc/hostname
+        echo "$(uname -n) $name $(stat -c %%a /etc/hostname) $(cd /etc && echo *)" >"$REPORT"
+        exit $status""" % prepare
+    with Host({'computerName': [Answer('body', b'web-1')]}) as host, tempfile.NamedTemporaryFile('r') as report:
+        process = start(' '.join(map(shlex.quote, unshare + ['sh', '-c', script, 'sh'])) + ' ' + program, host, 'hostname',
+                        FAILING='hostnamectl', REPORT=report.name)
+        stdout, stderr = process.communicate(timeout=60)
+        assert stdout == 'Retrieving hostname from IMDS\nHostname: web-1\n', stdout
+        return process.returncode, stderr, report.read()
+
+
+CHECKS = [cut_at_every_byte, sigterm, sigint, nobody_listens, without_hostnamectl, read_only_etc, full_etc]
+
+
+def main():
+    loopback_only()
+    programs = [str(os.path.abspath(program)) if os.path.exists(program) else program for program in sys.argv[1:]]
+    name, failed, number = socket.gethostname(), 0, 0
+    print('1..%d' % (len(CHECKS) * len(programs or OURS)))
+    for program in programs or OURS:
+        for check in CHECKS:
+            number += 1
+            try:
+                check(program)
+                print('ok %d %s: %s' % (number, program, check.__doc__))
+            except Skipped as reason:
+                print('ok %d %s: %s # skip %s' % (number, program, check.__doc__, reason))
+            except Exception:  # whatever went wrong, the other checks are to run
+                failed += 1
+                print('not ok %d %s: %s' % (number, program, check.__doc__))
+                print('# ' + traceback.format_exc().strip().replace('\n', '\n# '))
+            sys.stdout.flush()
+    assert socket.gethostname() == name, 'the tests changed the name of this machine'
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == '__main__':
+    main()

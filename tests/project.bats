@@ -1,0 +1,123 @@
+# What holds for the project's files: lint, size, the likeness of the two scripts, the Makefile, the unit.
+
+bats_require_minimum_version 1.5.0
+
+setup() {
+    cd "$BATS_TEST_DIRNAME/.." || exit
+    scratch=$BATS_TEST_TMPDIR
+}
+
+@test "the shell script is clean for sh, dash and bash" {
+    for shell in sh dash bash; do shellcheck --shell="$shell" azure-provisioning.sh; done
+}
+
+@test "the shell of the tests is clean" {
+    shellcheck tests/test tests/stand-ins/hostnamectl .ci/run
+    shellcheck --shell=bats tests/project.bats
+}
+
+@test "each script is under 250 lines, none longer than 120 characters" {
+    for script in azure-provisioning.py azure-provisioning.sh; do
+        [ "$(wc -l <"$script")" -lt 250 ]
+        ! grep -nE '.{121}' "$script"
+    done
+}
+
+@test "the two scripts have the same functions in the same order" {
+    # Python's tag is inside parse, as what it reads with calls it
+    sed -n 's/^def \([a-z_]*\).*/\1/p; s/^    def \(tag\)(.*/\1/p' azure-provisioning.py >"$scratch/py"
+    sed -n 's/^\([a-z_]*\)() {.*/\1/p' azure-provisioning.sh >"$scratch/sh"
+    [ "$(wc -l <"$scratch/sh")" -gt 15 ]
+    diff "$scratch/py" "$scratch/sh"
+}
+
+@test "the two scripts have the same defaults" {
+    sed -n "s/^[A-Z]* = os.environ.get('\(AZURE[A-Z_]*\)', '\(.*\)')/\1 \2/p" azure-provisioning.py >"$scratch/py"
+    sed -n 's/^[A-Z]*=${\(AZURE[A-Z_]*\)-\(.*\)}/\1 \2/p' azure-provisioning.sh >"$scratch/sh"
+    [ "$(wc -l <"$scratch/sh")" -eq 5 ]
+    diff "$scratch/py" "$scratch/sh"
+    while read -r name value; do
+        grep -q "$name .*($value)" azure-provisioning.sh # as the usage says
+        grep -q "$name.*$value" README.md
+    done <"$scratch/sh"
+}
+
+@test "the demo runs both scripts, and shows what it should" {
+    run make demo
+    [ "$status" -eq 0 ]
+    [ "$(grep -c 'exit status 0' <<<"$output")" -eq 2 ]
+    for line in 'Incarnation: 16' 'POST /machine?comp=health HTTP/1.1' 'Metadata: true' 'Response: 200' \
+        'hostnamectl set-hostname thstringnopa2' 'systemctl disable azure-provisioning.service'; do
+        [ "$(grep -cF "    $line" <<<"$output")" -eq 2 ]
+    done
+}
+
+@test "the demo runs one program, and fails with it" {
+    run make demo IMPL=./azure-provisioning.sh
+    [ "$status" -eq 0 ]
+    [ "$(grep -c 'exit status' <<<"$output")" -eq 1 ]
+    run make demo IMPL='./azure-provisioning.sh --bad'
+    [ "$status" -ne 0 ]
+}
+
+@test "make install puts either script and the unit in place, make uninstall takes both away" {
+    for implementation in py sh; do
+        make install DESTDIR="$scratch/root" IMPL="$implementation"
+        cmp "azure-provisioning.$implementation" "$scratch/root/usr/local/sbin/azure-provisioning"
+        cmp azure-provisioning.service "$scratch/root/etc/systemd/system/azure-provisioning.service"
+        "$scratch/root/usr/local/sbin/azure-provisioning" --version
+        make uninstall DESTDIR="$scratch/root"
+        [ -z "$(find "$scratch/root" -type f)" ]
+    done
+}
+
+@test "make install follows PREFIX and UNITDIR" {
+    make install DESTDIR="$scratch/root" PREFIX=/opt/azure UNITDIR=/usr/lib/systemd/system IMPL=sh
+    grep -q '^ExecStart=/opt/azure/sbin/azure-provisioning$' \
+        "$scratch/root/usr/lib/systemd/system/azure-provisioning.service"
+    [ -x "$scratch/root/opt/azure/sbin/azure-provisioning" ]
+}
+
+@test "make install without IMPL installs nothing" {
+    run make install DESTDIR="$scratch/root"
+    [ "$status" -ne 0 ]
+    [ ! -e "$scratch/root" ]
+}
+
+@test "the unit passes systemd-analyze verify without a word" {
+    command -v systemd-analyze || skip 'no systemd-analyze'
+    make install DESTDIR="$scratch/root" IMPL=sh
+    mkdir -p "$scratch/root/usr/lib/systemd"
+    cp -r /lib/systemd/system "$scratch/root/usr/lib/systemd/" # the targets it names
+    run --separate-stderr systemd-analyze verify --man=no --root="$scratch/root" azure-provisioning.service
+    [ "$status" -eq 0 ]
+    [ -z "$output$stderr" ]
+    # and verify would have said something
+    echo Nonsense=1 >>"$scratch/root/etc/systemd/system/azure-provisioning.service"
+    run --separate-stderr systemd-analyze verify --man=no --root="$scratch/root" azure-provisioning.service
+    [ -n "$stderr" ]
+}
+
+@test "the runner refuses a base URL that is not on loopback" {
+    cp -r tests "$scratch/tests"
+    printf 'AZURE_PROVISIONING_IMDS=http://192.0.2.1\n' >"$scratch/tests/cases/runs/must-hostname/settings"
+    run python3 "$scratch/tests/run.py" --only runs/must-hostname true
+    [ "$status" -eq 2 ]
+    [[ $output == *'not on loopback'* ]]
+}
+
+@test "the runner fails where there is no case, or one is not in order" {
+    run python3 tests/run.py --only no-such-case true
+    [ "$status" -eq 2 ]
+    cp -r tests "$scratch/tests"
+    rm "$scratch/tests/cases/runs/must-named/why"
+    run python3 "$scratch/tests/run.py" true
+    [ "$status" -eq 2 ]
+    [[ $output == *'runs/must-named'* ]]
+}
+
+@test "the runner fails a program that does nothing" {
+    run python3 tests/run.py --only runs true
+    [ "$status" -eq 1 ]
+    [[ $output == *' 0 passed'* || $output == *$'\n0 passed'* ]]
+}

@@ -1,0 +1,240 @@
+#!/usr/bin/env python3
+"""Hold provisioning agents against the cases: python3 tests/run.py [--strict] [--only TEXT] [PROGRAM]...
+
+A PROGRAM is a command line, './my-port --flag' say; without one, the two scripts of this project are run.
+--strict also compares what only these two promise: every header, every byte printed, nothing written anywhere.
+Exit status: 0 all passed, 1 some failed, 2 the cases themselves are not in order. tests/README.md tells the rest.
+"""
+import argparse
+import concurrent.futures
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree
+
+from host import ENDPOINTS, FAULTS, Answer, Host, is_loopback, loopback_only
+
+TESTS = pathlib.Path(__file__).resolve().parent
+OURS = [str(TESTS.parent / 'azure-provisioning.py'), str(TESTS.parent / 'azure-provisioning.sh')]
+LIMIT = 40  # seconds for one run
+ANSWER = re.compile('(%s)(?:-([0-9]+))?[.](body|http|reset|fault)' % '|'.join(ENDPOINTS))
+EXPECTED = ('exit', 'requests', 'posted', 'commands', 'waits', 'stdout', 'stderr')
+OTHERS = ('why', 'values', 'arguments', 'settings', 'curlrc')
+WIRESERVER = {'x-ms-version': '2012-11-30', 'x-ms-agent-name': 'custom-provisioning'}
+HEADERS = {
+    'goalstate': WIRESERVER,
+    'health': dict(WIRESERVER, **{'Content-Type': 'text/xml;charset=utf-8'}),
+    'computerName': {'Metadata': 'true'},
+    'name': {'Metadata': 'true'},
+}
+OUR_HEADERS = {'User-Agent': 'azure-provisioning/', 'Accept': '*/*', 'Accept-Encoding': 'identity',
+               'Connection': 'close'}
+
+
+class BadCase(Exception):
+    """A case that is not in order."""
+
+
+class Case:
+    """A directory of the cases: GROUP/VERDICT-SUBJECT; what is not in it stands in GROUP/VERDICT."""
+
+    def __init__(self, path):
+        self.path = path
+        self.name = '%s/%s' % (path.parent.name, path.name)
+        self.verdict = re.match('(must-not|must|either)-', path.name + '-').group(1)
+        self.files = {}
+        for folder in (path.parent / self.verdict, path):
+            own = {each.name: each.read_bytes() for each in folder.iterdir()}
+            for name in list(self.files):  # an own answer stands for the common one of that number, whatever its kind
+                if ANSWER.fullmatch(name) and any(ANSWER.fullmatch(each) and each.rpartition('.')[0] ==
+                                                  name.rpartition('.')[0] for each in own):
+                    del self.files[name]
+            values = self.files.get('values', b'') + own.get('values', b'')
+            self.files.update(own, values=values)
+        for name in self.files:
+            if name not in EXPECTED + OTHERS and not ANSWER.fullmatch(name):
+                raise BadCase('%s: what is %s?' % (self.name, name))
+        if not self.text('why').strip() or not (path / 'why').is_file():
+            raise BadCase('%s: no why' % self.name)
+        for line in self.text('settings').splitlines():
+            name, _, url = line.lower().partition('=')
+            if name.endswith(('_wireserver', '_imds')) and re.match('[a-z]+://[^/:]*[0-9a-z]', url) and \
+                    not is_loopback(url):
+                raise BadCase('%s: %s is not on loopback' % (self.name, url))
+        self.values = dict(line.split('=', 1) for line in self.text('values').splitlines())
+        if self.verdict != 'either':
+            self.expected = [self.outcome(self.files)]
+        else:
+            self.expected = [self.outcome({each.name: each.read_bytes() for each in (path.parent / verdict).iterdir()})
+                             for verdict in ('must', 'must-not')]
+        for outcome in self.expected:
+            if 'exit' not in outcome or 'requests' not in outcome:
+                raise BadCase('%s: no exit, or no requests' % self.name)
+
+    def text(self, name):
+        return self.files.get(name, b'').decode()
+
+    def outcome(self, files):
+        """What is expected, by file, with the values put in."""
+        return {name: re.sub('{([A-Za-z]+)}', lambda match: self.values.get(match.group(1), match.group()),
+                             files[name].decode()) for name in EXPECTED if name in files}
+
+    def answers(self):
+        answers = {endpoint: [] for endpoint in ENDPOINTS}
+        for name in sorted(self.files, key=lambda name: [int(part) if part.isdigit() else part
+                                                         for part in re.split('([0-9]+)', name)]):
+            match = ANSWER.fullmatch(name)
+            if match:
+                data = self.files[name]
+                if match.group(3) == 'fault':
+                    data = data.decode().strip()
+                    if data not in FAULTS:
+                        raise BadCase('%s: no such fault: %s' % (self.name, data))
+                answers[match.group(1)].append(Answer(match.group(3), data))
+        return answers
+
+
+def find_cases(only=''):
+    """All cases, in order."""
+    cases = [Case(path) for path in sorted((TESTS / 'cases').glob('*/*-*'))
+             if path.name != 'must-not' and only in '%s/%s' % (path.parent.name, path.name)]
+    if not cases:
+        raise BadCase('no case found')
+    return cases
+
+
+def run(case, program):
+    """Run the program in the case's world; return what it did, by the names of EXPECTED, and the trouble seen."""
+    with Host(case.answers()) as host, tempfile.TemporaryDirectory() as scratch:
+        home = pathlib.Path(scratch, 'home')
+        home.mkdir()
+        if 'curlrc' in case.files:
+            (home / '.curlrc').write_text(case.text('curlrc').replace('{elsewhere}', host.elsewhere))
+        before = sorted(home.rglob('*'))
+        commands = pathlib.Path(scratch, 'commands')
+        commands.touch()
+        environment = {'PATH': '%s:%s' % (TESTS / 'stand-ins', os.environ['PATH']), 'HOME': str(home),
+                       'TMPDIR': str(home), 'COMMANDS': str(commands),
+                       'AZURE_PROVISIONING_WIRESERVER': host.wireserver, 'AZURE_PROVISIONING_IMDS': host.imds}
+        for line in case.text('settings').splitlines():
+            name, value = line.split('=', 1)
+            for server in ('elsewhere', 'refused', 'wireserver', 'imds'):
+                value = value.replace('{%s}' % server, getattr(host, server))
+            environment[name] = value
+        process = subprocess.Popen(shlex.split(program) + case.text('arguments').splitlines(), cwd=str(home),
+                                   env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE)
+        trouble = []
+        try:
+            stdout, stderr = process.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            stdout, stderr = process.communicate()
+            trouble.append('still running after %d seconds' % LIMIT)
+        requests = list(host.requests)
+        if [request for request in requests if request.server == 'elsewhere']:
+            trouble.append('a request went elsewhere: a redirect was followed, or a proxy obeyed')
+        if sorted(home.rglob('*')) != before:
+            trouble.append('files were written: %s' % sorted(home.rglob('*')))
+        return {
+            'exit': '%d\n' % process.returncode,
+            'requests': ''.join(request.line + '\n' for request in requests),
+            'posted': ''.join(request.body.decode('latin-1') + '\n' for request in requests if request.body),
+            'commands': commands.read_text(),
+            'waits': [later.time - sooner.time for sooner, later in zip(requests, requests[1:])],
+            'stdout': stdout.decode('latin-1'),
+            'stderr': stderr.decode('latin-1'),
+        }, requests, trouble
+
+
+def differences(expected, did, strict):
+    """What a run did otherwise than expected, one line or more each."""
+    for name in EXPECTED:
+        if name not in expected or (name in ('stdout', 'stderr') and not strict):
+            continue
+        wanted, got = expected[name], did[name]
+        if name == 'waits':
+            wanted = [float(seconds) for seconds in wanted.split()]
+            if len(wanted) != len(got) or any(not wait - .2 <= took <= wait + 3 for wait, took in zip(wanted, got)):
+                yield 'waits: %s expected, %s taken' % (wanted, ['%.1f' % seconds for seconds in got])
+        elif name == 'posted' and not strict and same_xml(wanted, got):
+            continue
+        elif wanted != got:
+            yield '%s:\n%s' % (name, ''.join(
+                '    %s %s\n' % (mark, line) for mark, lines in (('expected', wanted), ('got     ', got))
+                for line in lines.splitlines() or ['(nothing)']).rstrip('\n'))
+
+
+def same_xml(*texts):
+    """Whether lines of XML say the same."""
+    def tree(element):
+        return element.tag, (element.text or '').strip(), [tree(child) for child in element]
+    try:
+        one, other = ([tree(xml.etree.ElementTree.fromstring(line)) for line in text.splitlines()] for text in texts)
+    except xml.etree.ElementTree.ParseError:
+        return False
+    return one == other
+
+
+def wrong_headers(requests, strict):
+    """What is wrong with the headers that were sent."""
+    for request in requests:
+        endpoint = next((name for name, line in ENDPOINTS.items() if line == request.line), None)
+        if endpoint is None:
+            continue  # the requests differ anyway
+        sent = {name.lower(): value for name, value in request.headers.items()}
+        wanted = dict(HEADERS[endpoint])
+        if strict:
+            wanted.update(OUR_HEADERS, Host=sent.get('host', 'none'))
+            wanted['User-Agent'] += sent.get('user-agent', '').rpartition('/')[2]
+            if request.body:
+                wanted['Content-Length'] = str(len(request.body))
+        wanted = {name.lower(): value for name, value in wanted.items()}
+        if {name: value for name, value in sent.items() if strict or name in wanted} != wanted:
+            yield '%s: headers:\n    expected %s\n    got      %s' % (request.line, sorted(wanted.items()),
+                                                                    sorted(sent.items()))
+
+
+def verdict(case, program, strict):
+    """Run one case; return the differences, none if it passed."""
+    did, requests, trouble = run(case, program)
+    if not strict:
+        trouble = [line for line in trouble if not line.startswith('files')]
+    ours = strict and case.verdict != 'either'
+    outcomes = [list(differences(expected, did, ours)) for expected in case.expected]
+    return trouble + list(wrong_headers(requests, strict)) + min(outcomes, key=len)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--strict', action='store_true')
+    parser.add_argument('--only', default='', metavar='TEXT', help='cases with this in GROUP/NAME')
+    parser.add_argument('programs', nargs='*', default=OURS, metavar='PROGRAM')
+    arguments = parser.parse_args()
+    loopback_only()
+    try:
+        cases = find_cases(arguments.only)
+        for case in cases:
+            case.answers()
+    except (BadCase, OSError, ValueError) as error:
+        print('the cases are not in order: %s' % error)
+        sys.exit(2)
+    passed = failed = 0
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for program in arguments.programs:
+            for case, found in zip(cases, pool.map(lambda case: verdict(case, program, arguments.strict), cases)):
+                passed, failed = passed + (not found), failed + bool(found)
+                if found:
+                    print('FAILED %s: %s\n  %s' % (program, case.name, case.text('why').strip().replace('\n', '\n  ')))
+                    print(''.join('  %s\n' % line for line in found), end='', flush=True)
+            print('%s: %d cases' % (program, len(cases)), flush=True)
+    print('%d passed, %d failed' % (passed, failed))
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == '__main__':
+    main()

@@ -6,13 +6,12 @@ its journal, what the host was asked, and what would have been done to the machi
 hostnamectl and systemctl: nothing of this machine is touched. Exit status: 0, or 1 if a program failed.
 """
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
 
 from host import Answer, Host, loopback_only
-from run import OURS, TESTS
+from run import OURS, TESTS, command_line
 
 CASE = TESTS / 'cases' / 'goal-states' / 'must-platform'
 
@@ -34,7 +33,7 @@ def first_boot(program):
         environment = dict(os.environ, PATH='%s:%s' % (TESTS / 'stand-ins', os.environ['PATH']), COMMANDS=commands.name,
                            AZURE_PROVISIONING_WIRESERVER=host.wireserver, AZURE_PROVISIONING_IMDS=host.imds)
         environment.pop('FAILING', None)
-        done = subprocess.run(shlex.split(program), env=environment, stdin=subprocess.DEVNULL,
+        done = subprocess.run(command_line(program), env=environment, stdin=subprocess.DEVNULL,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
         print('%s: exit status %d' % (program, done.returncode))
         show('journal', done.stdout.decode())

@@ -14,7 +14,7 @@ import tempfile
 import traceback
 
 from host import Answer, Host, loopback_only
-from run import OURS, TESTS
+from run import OURS, TESTS, command_line
 
 DOCUMENT = (TESTS / 'cases' / 'goal-states' / 'must-platform' / 'goalstate.body').read_bytes()
 TAKEN = Answer('http', b'HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n')
@@ -23,7 +23,7 @@ TAKEN = Answer('http', b'HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n')
 def start(program, host, *steps, **settings):
     environment = dict(PATH='%s:%s' % (TESTS / 'stand-ins', os.environ['PATH']), COMMANDS='/dev/null',
                        AZURE_PROVISIONING_WIRESERVER=host.wireserver, AZURE_PROVISIONING_IMDS=host.imds, **settings)
-    return subprocess.Popen(shlex.split(program) + list(steps), env=environment, stdin=subprocess.DEVNULL,
+    return subprocess.Popen(command_line(program) + list(steps), env=environment, stdin=subprocess.DEVNULL,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
 
 
@@ -130,10 +130,10 @@ CHECKS = [cut_at_every_byte, sigterm, sigint, nobody_listens, without_hostnamect
 
 def main():
     loopback_only()
-    programs = [str(os.path.abspath(program)) if os.path.exists(program) else program for program in sys.argv[1:]]
+    programs = sys.argv[1:] or OURS
     name, failed, number = socket.gethostname(), 0, 0
-    print('1..%d' % (len(CHECKS) * len(programs or OURS)))
-    for program in programs or OURS:
+    print('1..%d' % (len(CHECKS) * len(programs)))
+    for program in programs:
         for check in CHECKS:
             number += 1
             try:

@@ -107,6 +107,11 @@ def find_cases(only=''):
     return cases
 
 
+def command_line(program):
+    """The words of a program's command line; those that name files will do so from any folder."""
+    return [os.path.abspath(word) if os.path.isfile(word) else word for word in shlex.split(program)]
+
+
 def run(case, program):
     """Run the program in the case's world; return what it did, by the names of EXPECTED, and the trouble seen."""
     with Host(case.answers()) as host, tempfile.TemporaryDirectory() as scratch:
@@ -125,7 +130,7 @@ def run(case, program):
             for server in ('elsewhere', 'refused', 'wireserver', 'imds'):
                 value = value.replace('{%s}' % server, getattr(host, server))
             environment[name] = value
-        process = subprocess.Popen(shlex.split(program) + case.text('arguments').splitlines(), cwd=str(home),
+        process = subprocess.Popen(command_line(program) + case.text('arguments').splitlines(), cwd=str(home),
                                    env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE)
         trouble = []

@@ -94,9 +94,7 @@ retry() { # STEP ATTEMPTS COMMAND [ARGUMENT]...: until COMMAND succeeds, or retu
     until "$@"; do
         final=$?
         complain "$step: attempt $attempt of $attempts: $reason"
-        if [ "$final" -eq 2 ] || [ "$attempt" -eq "$attempts" ]; then
-            reason="gave up after $attempt attempts" && return 1
-        fi
+        case $final:$attempt in 2:* | *:"$attempts") reason="gave up after $attempt attempts" && return 1 ;; esac
         sleep $((attempt < INTERVAL ? attempt : INTERVAL))
         attempt=$((attempt + 1))
     done
@@ -112,7 +110,8 @@ trim() { # TEXT: sets $value to it without white space around it
 parse() { # read the goal state in $body: sets $incarnation, $container_id and $instance_id, as far as they are in it
     unset incarnation container_id instance_id
     path='' root='' text='' inside=''
-    case $body in *[$(printf '\001-\010\013\014\016-\037')]* | ["$SPACE"]*'<?xml'*) return 1 ;; esac # never in XML
+    case $body in *[$(printf '\001-\010\013\014\016-\037')]*) return 1 ;; esac # XML has no such characters
+    case ${body%%'<?xml'["$SPACE"]*} in '' | *[!"$SPACE"]*) ;; *) return 1 ;; esac # nothing before a declaration
     # Between two '<' stand a tag and the text behind it, or a part of a comment or processing instruction. What is
     # before the first counts as the end of an instruction; the space keeps the shell from dropping a '<' at the end.
     IFS='<'
@@ -150,6 +149,7 @@ tag() { # read the tag at the start of $piece, and the text behind it
         root=GoalState path=$path/$name text='' ;;
     esac
     case $head in
+    /*/) return 1 ;;
     /* | */)
         [ "${path##*/}" = "$name" ] || return 1
         trim "$text"

@@ -164,7 +164,7 @@ def differences(expected, did, strict):
         wanted, got = expected[name], did[name]
         if name == 'waits':
             wanted = [float(seconds) for seconds in wanted.split()]
-            if len(wanted) != len(got) or any(not wait - .2 <= took <= wait + 3 for wait, took in zip(wanted, got)):
+            if len(wanted) != len(got) or any(not wait - .2 <= took <= wait + 1.5 for wait, took in zip(wanted, got)):
                 yield 'waits: %s expected, %s taken' % (wanted, ['%.1f' % seconds for seconds in got])
         elif name == 'posted' and not strict and same_xml(wanted, got):
             continue

@@ -1,0 +1,222 @@
+#!/usr/bin/env python3
+"""Hold both scripts against an XML library over random goal states: python3 tests/fuzz.py [SEED [COUNT]]
+
+Half of the documents are legal layouts of a goal state: both scripts must take them, with the library's values. The other
+half are damaged: what the library takes must be taken with its values, what it refuses must be refused, unless all that
+is wrong with it lies inside a tag or is an entity, which a program may overlook (tests/README.md: either). Nobody may post a
+value that is not there. A divergence is printed with its seed and document; make it a case.
+Exit status: 0 none, 1 some.
+"""
+import random
+import re
+import signal
+import subprocess
+import sys
+import xml.etree.ElementTree
+
+from host import Answer, Host, loopback_only
+from run import OURS
+
+BATCH = 400  # documents for one run of a script
+PATHS = ('Incarnation', 'Container/ContainerId', 'Container/RoleInstanceList/RoleInstance/InstanceId')
+FIT = ('[0-9]+', '[!#-%(-;=?-~]+', '[!#-%(-;=?-~]+')
+ID = [chr(code) for code in range(33, 127) if chr(code) not in '<>&"\'']
+TAKEN = Answer('http', b'HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n')
+WORDS = ['x', ' ', '\n', '\t', '"', "'", '>', '-', '=', '/', '/>', '&amp;', '&lt;Incarnation&gt;', 'Incarnation', '99', ']', '[', 'é']
+MARKUP = ['<', '</GoalState>', '<Incarnation>99</Incarnation>', '<ContainerId>no</ContainerId>', '<InstanceId>no', '<!', '&']
+
+
+class Layout:
+    """One way to write a goal state down."""
+
+    def __init__(self, dice):
+        self.dice = dice
+        self.newline = dice.choice(['', '\n', '\r\n'])
+        self.indent = dice.choice(['', '  ', '\t'])
+        self.busy = dice.choice([0, 0, .1, .4])
+
+    def some(self, choices, most):
+        return ''.join(self.dice.choice(choices) for _ in range(self.dice.randint(0, most)))
+
+    def space(self, least=0):
+        return self.some(' \t\r\n', 3) if self.dice.random() < self.busy else ' ' * least
+
+    def attributes(self):
+        names = self.dice.sample(['a', 'b-c', 'xml:d', '_e', 'f.g', 'xsi1'], self.dice.randint(0, 3))
+        written = ''
+        for name in names if self.dice.random() < self.busy else ():
+            quote = self.dice.choice('"\'')
+            written += '%s%s%s=%s%s%s%s' % (self.dice.choice(' \n\t'), self.space(), name, self.space(), quote,
+                                            self.some(WORDS, 5).replace(quote, '').replace('&', '&amp;'), quote)
+        return written
+
+    def between(self):
+        """What may stand between two elements."""
+        written = self.newline + self.indent
+        while self.dice.random() < self.busy:
+            kind, inside = self.dice.random(), self.some(WORDS + MARKUP, 6)
+            if kind < .4:
+                written += '<!--%s-->' % re.sub('--+', '-', inside + ' ')
+            elif kind < .6:
+                written += '<?%s %s?>' % (self.dice.choice(['a', 'php', 'xml-x']), inside.replace('?>', ''))
+            else:
+                written += self.space()
+        return written
+
+    def element(self, name, content):
+        if not content and self.dice.random() < .5:
+            return '<%s%s%s/>' % (name, self.attributes(), self.space())
+        return '<%s%s%s>%s</%s%s>' % (name, self.attributes(), self.space(), content, name, self.space())
+
+    def value(self, name, value):
+        return self.element(name, self.space() + value + self.space())
+
+    def other(self, depth=0):
+        """An element that does not matter, with any name that is not one of ours at its place."""
+        name = self.dice.choice(['Machine', 'Version', 'Incarnation-1', 'PackageIncarnation', 'State', 'Role', 'x:y', 'É'[:0] or 'E'])
+        inside = ''
+        for _ in range(self.dice.randint(0, 3) if depth < 4 else 0):
+            inside += self.dice.choice([
+                lambda: self.some(WORDS, 4).replace('&', '').replace('amp;', '').replace(']', ''), self.between,
+                lambda: self.other(depth + 1), lambda: self.value(self.dice.choice(['Incarnation', 'ContainerId', 'InstanceId',
+                                                                                    'Container', 'RoleInstance']), 'no')])()
+        return self.element(name, inside)
+
+    def fill(self, *needed):
+        """Elements in any order, with others among them."""
+        needed = list(needed)
+        self.dice.shuffle(needed)
+        written = self.between()
+        for each in needed:
+            while self.dice.random() < max(self.busy, .1):
+                written += self.other() + self.between()
+            written += each + self.between()
+        return written
+
+    def document(self):
+        an_id = lambda: ''.join(self.dice.choice(ID) for _ in range(self.dice.randint(1, 40)))
+        roles = [self.element('RoleInstance', self.fill(self.value('InstanceId', an_id())))
+                 for _ in range(self.dice.choice([1, 1, 1, 2, 3]))]
+        container = self.element('Container', self.fill(
+            self.value('ContainerId', an_id()), self.element('RoleInstanceList', self.between().join([''] + roles + ['']))))
+        root = self.element('GoalState', self.fill(
+            self.value('Incarnation', '%d' % self.dice.choice([0, 1, 16, 10 ** 20])), container))
+        declaration = '<?xml version="1.0" encoding="utf-8"?>' if self.dice.random() < .5 else ''
+        bom = b'\xef\xbb\xbf' if self.dice.random() < .2 else b''
+        end = self.between()
+        start = self.between() if declaration or self.busy else ''
+        return bom + (declaration + start + root + end).replace('x:y', 'xy').encode()
+
+
+def damage(dice, data):
+    """Something happens to a document."""
+    for _ in range(dice.choice([1, 1, 1, 2, 4])):
+        at, length = dice.randrange(len(data) + 1), dice.choice([1, 1, 2, 5, 30])
+        names = [match.span() for match in re.finditer(rb'</?[A-Za-z]+', data)]
+        kind = dice.choice(['cut', 'drop', 'repeat', 'swap', 'flip', 'rename', 'insert', 'lose a tag'])
+        if kind == 'cut':
+            data = data[:at]
+        elif kind == 'drop':
+            data = data[:at] + data[at + length:]
+        elif kind == 'repeat':
+            data = data[:at + length] + data[at:]
+        elif kind == 'swap':
+            data = data[:at] + data[at + length:at + 2 * length] + data[at:at + length] + data[at + 2 * length:]
+        elif kind == 'flip' and at < len(data):
+            data = data[:at] + bytes([data[at] ^ 1 << dice.randrange(8)]) + data[at + 1:]
+        elif kind == 'rename' and names:
+            start, end = dice.choice(names)
+            data = data[:start] + dice.choice([b'<Incarnation', b'</Container', b'<InstanceId', b'<GoalState']) + data[end:]
+        elif kind == 'insert':
+            data = data[:at] + dice.choice([word.encode() for word in WORDS + MARKUP] + [b'\0', b'\x08', b'<!--', b'-->', b'<?']) + data[at:]
+        elif kind == 'lose a tag' and names:
+            start, end = dice.choice(names)
+            data = data[:start] + data[(data.find(b'>', end) + 1) or end:]
+        data = data or b' '
+    return data
+
+
+def library(data):
+    """The values that an XML library finds, or None where there is no goal state with three good ones."""
+    try:
+        root = xml.etree.ElementTree.fromstring(data)
+    except (xml.etree.ElementTree.ParseError, ValueError, LookupError):
+        return None
+    values = [(root.findtext(path) or '').strip(' \t\r\n') for path in PATHS]
+    elements = [root.find(path) for path in PATHS]
+    if root.tag != 'GoalState' or b'<!DOCTYPE' in data or any(element is None or len(element) for element in elements):
+        return None
+    return values if all(map(re.fullmatch, FIT, values)) else None
+
+
+def overlooked(data, values):
+    """Whether what the library refuses is a fault inside a tag, or one of characters, and the values are right."""
+    text = data.decode('latin-1').replace('\xef\xbb\xbf', '', 1)
+    plain = re.sub(r'(?s)<!--.*?-->|<[?].*?[?]>', ' ', text)
+    plain = re.sub(r'<(/?)([^\s<>/"\'=]+)(?:[^<>"\']|"[^"<]*"|\'[^\'<]*\')*?(/?)>', r'<\1\2\3>', plain)
+    plain = re.sub('&[^;<>]*;?', '', plain).replace(']]>', '')
+    return library(plain.encode('utf-8')) == values
+
+
+def either(data):
+    """Whether a document the library takes has something that may be refused all the same."""
+    inside = rb'<(Incarnation|ContainerId|InstanceId)\b[^>]*>[^<]*(<[!?]|&)'
+    return b'<![CDATA[' in data or re.search(inside, data) or re.search(rb'&(?!amp;|lt;)', data) or b'xmlns' in data
+
+
+def took(script, documents):
+    """What the script posted for each of the documents: its three values, or None."""
+    outcomes = [None] * len(documents)
+    with Host({'goalstate': [Answer('body', data) for data in documents] + [Answer('fault', 'silent')],
+               'health': [TAKEN]}) as host:
+        process = subprocess.Popen([script] + ['ready'] * len(documents), stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL,
+                                   env={'PATH': '/usr/bin:/bin', 'AZURE_PROVISIONING_WIRESERVER': host.wireserver,
+                                        'AZURE_PROVISIONING_IMDS': host.imds, 'AZURE_PROVISIONING_INTERVAL': '0',
+                                        'AZURE_PROVISIONING_ATTEMPTS': '999999', 'AZURE_PROVISIONING_TIMEOUT': '60'})
+        # the script goes on to the next document by itself; behind the last one is silence
+        while process.poll() is None and host.asked['goalstate'] <= len(documents):
+            try:
+                process.wait(.05)
+            except subprocess.TimeoutExpired:
+                pass
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        current = -1
+        for request in host.requests:
+            if request.body:
+                outcomes[current] = re.findall('<(?:GoalStateIncarnation|ContainerId|InstanceId)>([^<]*)',
+                                               request.body.decode('latin-1'))
+            else:
+                current += 1
+    return outcomes
+
+
+def main():
+    loopback_only()
+    seed, count = [int(word) for word in sys.argv[1:] + ['1', '400'][len(sys.argv) - 1:]]
+    diverged = taken = 0
+    for start in range(0, count, BATCH):
+        documents = []
+        for number in range(start, min(start + BATCH, count)):
+            dice = random.Random('%d/%d' % (seed, number))
+            data = Layout(dice).document()
+            documents.append((number, number % 2 == 0, data if number % 2 == 0 else damage(dice, data)))
+        outcomes = [took(script, [data for _, _, data in documents]) for script in OURS]
+        for (number, legal, data), *posted in zip(documents, *outcomes):
+            values = library(data)
+            assert values or not legal, 'the generator wrote no goal state: %r' % data
+            taken += all(posted)
+            for script, got in zip(OURS, posted):
+                if got == values or (got is None and not legal and either(data)) or (
+                        values is None and got and overlooked(data, got)):
+                    continue
+                diverged += 1
+                print('seed %d, document %d: %s posted %s, the library finds %s\n  %r' % (
+                    seed, number, script.rpartition('/')[2], got, values, data), flush=True)
+    print('%d documents from seed %d: %d taken by both, %d divergences' % (count, seed, taken, diverged))
+    sys.exit(1 if diverged else 0)
+
+
+if __name__ == '__main__':
+    main()

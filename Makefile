@@ -1,9 +1,11 @@
-# make demo | make test | make conformance IMPL='./my-port' | make install IMPL=py|sh | make uninstall
+# make demo | test | conformance IMPL='./my-port' | fuzz SEED=2 N=20000 | install IMPL=py|sh | uninstall
 
 PREFIX ?= /usr/local
 UNITDIR ?= /etc/systemd/system
 DESTDIR ?=
 IMPL ?=
+SEED ?= 1
+N ?= 400
 
 PROGRAM = $(DESTDIR)$(PREFIX)/sbin/azure-provisioning
 UNIT = $(DESTDIR)$(UNITDIR)/azure-provisioning.service
@@ -17,6 +19,9 @@ test:
 conformance:
 	@python3 tests/run.py $(if $(IMPL),'$(IMPL)')
 
+fuzz:
+	@python3 tests/fuzz.py $(SEED) $(N)
+
 install:
 	@case '$(IMPL)' in py | sh) ;; *) echo 'make install needs IMPL=py or IMPL=sh' >&2; exit 2 ;; esac
 	install -d '$(dir $(PROGRAM))' '$(dir $(UNIT))'
@@ -27,4 +32,4 @@ install:
 uninstall:
 	rm -f '$(PROGRAM)' '$(UNIT)'
 
-.PHONY: demo test conformance install uninstall
+.PHONY: demo test conformance fuzz install uninstall

@@ -76,7 +76,7 @@ transfer() { # [--header HEADER]...: sets $status, $body, and $code to curl's ex
             # 124 and 143 are said by timeout, of coreutils and BusyBox; indented stands what the server sent
             case $code:$said in 124:* | 143:*) code=28 ;; [!0]:*'  '*) code=8 ;; [!0]:*) code=7 ;; esac
             printf ' %.3s %s' "$status" "$code"
-        } 3>&1 | head -c $((BODY_LIMIT + 10)) | tr '\000' '\001')
+        } 3>&1 2>/dev/null | head -c $((BODY_LIMIT + 10)) | tr '\000' '\001')
         [ "${#reply}" -lt $((BODY_LIMIT + 10)) ] || reply="$reply 200 0" # it was cut there
         code=${reply##* }
         size=$((${#reply} - 5 - ${#code}))

@@ -14,10 +14,11 @@ Settings, from the environment, and their defaults:
   AZURE_PROVISIONING_ATTEMPTS    attempts a step makes before it gives up, from 1 (240)
   AZURE_PROVISIONING_INTERVAL    longest wait between two attempts, in seconds, from 0 (5)
   AZURE_PROVISIONING_TIMEOUT     time for one exchange, in seconds, from 1 (30)"""
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 if __name__ == '__main__' and not sys.flags.isolated:  # import nothing from this folder, nor what PYTHONPATH names
     os.execv(sys.executable, [sys.executable, '-IS', *sys.argv])
-import http.client, re, signal, socket, time
+import http.client, re, socket, time
 from xml.parsers import expat
 
 VERSION = '0.1.0'
@@ -42,11 +43,11 @@ def say(*lines, file=None):
         pass  # the VM is Ready whether or not somebody listens
 
 def complain(*lines):
-    say(*lines, file=sys.stderr)
+    say(*lines, file=sys.stderr or open(os.devnull, 'w'))
 
 def misused(message):
     complain('azure-provisioning: ' + message, __doc__)
-    sys.exit(2)
+    os._exit(2)
 
 def run(*command):
     """Whether there is such a command and it succeeds."""
@@ -71,7 +72,7 @@ def exchange(label, url, data, headers):
                                     'Accept-Encoding': 'identity', 'Connection': 'close'})
     except Failed as failure:
         reason = str(failure)
-    except (OSError, OverflowError):
+    except (OSError, OverflowError, UnicodeError):
         reason = 'no connection'
     except (http.client.HTTPException, ValueError):
         reason = 'broken reply'
@@ -236,7 +237,6 @@ def main(arguments):
     check_number('AZURE_PROVISIONING_ATTEMPTS', ATTEMPTS, 1)
     check_number('AZURE_PROVISIONING_INTERVAL', INTERVAL, 0)
     check_number('AZURE_PROVISIONING_TIMEOUT', TIMEOUT, 1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     for step in arguments or steps:
         try:
             steps[step]()

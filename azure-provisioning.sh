@@ -4,6 +4,7 @@
 # linux/no-agent for the protocol and instance-metadata-service for IMDS.
 set -fu # -f: what a server sent is split into words below, and must not be matched with file names
 export LC_ALL=C
+trap '' PIPE # the VM is Ready whether or not somebody listens
 VERSION=0.1.0
 USAGE='usage: azure-provisioning [-h | --help | --version] [STEP]...
   ready      tell Azure that this Linux VM is Ready: a health report to the WireServer, for the goal state it gives
@@ -26,9 +27,9 @@ BODY_LIMIT=65536 # bytes
 SPACE=" $(printf '\t\n\r')" # XML's white space
 ID='!#-%(-;=?-~' # what an id is made of: visible ASCII, but for < > & " and '
 
-say() { printf '%s\n' "$@" || :; } # the VM is Ready whether or not somebody listens
+say() { { printf '%s\n' "$@" || :; } 2>/dev/null; }
 complain() { say "$@" >&2; }
-misused() { complain "azure-provisioning: $1" "$USAGE" && exit 2; }
+misused() { complain "azure-provisioning: $1" "$USAGE"; exit 2; }
 run() { command -v "$1" >/dev/null && command "$@"; } # COMMAND [ARGUMENT]..., where there is one
 
 check_url() { # NAME URL: http://HOST[:PORT][/PATH]
@@ -51,7 +52,7 @@ exchange() { # LABEL URL DATA [--header HEADER]...: POST the DATA, or GET withou
     200:0 | POST2??:0) return 0 ;;
     200:28 | POST2??:28 | *000:28) reason="$label: timed out" ;;
     200:63 | POST2??:63) reason="$label: reply too large" ;;
-    200:* | POST2??:* | *000:[018]) reason="$label: broken reply" ;;
+    200:* | POST2??:* | *000:[018] | *000:27) reason="$label: broken reply" ;;
     *000:127) reason="$label: no curl or wget" ;;
     *000:*) reason="$label: no connection" ;;
     *) reason="$label: HTTP $status" ;;
@@ -63,7 +64,7 @@ transfer() { # [--header HEADER]...: sets $status, $body, and $code to curl's ex
     if command -v curl >/dev/null; then
         [ -z "$data" ] || set -- "$@" --data-binary "$data"
         # Before curl 8.4, only --limit-rate and --max-time bound a body that comes without its length.
-        { reply=$(curl -q --silent --fail --noproxy '*' --proto =http --max-time "$TIMEOUT" --limit-rate 1M \
+        { reply=$(curl -q --silent --fail --noproxy '*' --proto =http --max-time "$TIMEOUT" --limit-rate 256K \
             --max-filesize "$BODY_LIMIT" --write-out ' %{http_code} %{size_download}' "$@" "$url"); } 2>/dev/null
         code=$? size=${reply##* }
     else
@@ -214,12 +215,11 @@ hostname() {
 }
 
 set_hostname() { # NAME: without hostnamectl
-    umask 022
     reason='cannot write /etc/hostname'
-    { printf '%s\n' "$1" >/etc/hostname.new && mv -f /etc/hostname.new /etc/hostname; } 2>/dev/null ||
-        { rm -f /etc/hostname.new && return 1; }
+    { umask 022 && printf '%s\n' "$1" >/etc/hostname.new && mv -f /etc/hostname.new /etc/hostname; } 2>/dev/null ||
+        { rm -f /etc/hostname.new; return 1; }
     reason="cannot set the kernel's hostname"
-    run hostname "$1" || { printf '%s\n' "$1" >/proc/sys/kernel/hostname; } 2>/dev/null
+    { command hostname "$1" || printf '%s\n' "$1" >/proc/sys/kernel/hostname; } 2>/dev/null
 }
 
 disable() {
@@ -243,7 +243,7 @@ main() { # [STEP]...
     check_number AZURE_PROVISIONING_ATTEMPTS "$ATTEMPTS" 1
     check_number AZURE_PROVISIONING_INTERVAL "$INTERVAL" 0
     check_number AZURE_PROVISIONING_TIMEOUT "$TIMEOUT" 1
-    for step; do "$step" || { complain "$step: $reason" && exit 1; }; done
+    for step; do "$step" || { complain "$step: $reason"; exit 1; }; done
 }
 
 main "$@"

@@ -20,11 +20,11 @@ DOCUMENT = (TESTS / 'cases' / 'goal-states' / 'must-platform' / 'goalstate.body'
 TAKEN = Answer('http', b'HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n')
 
 
-def start(program, host, *steps, **settings):
+def start(program, host, *steps, stdout=subprocess.PIPE, **settings):
     environment = dict(PATH='%s:%s' % (TESTS / 'stand-ins', os.environ['PATH']), COMMANDS='/dev/null',
                        AZURE_PROVISIONING_WIRESERVER=host.wireserver, AZURE_PROVISIONING_IMDS=host.imds, **settings)
     return subprocess.Popen(command_line(program) + list(steps), env=environment, stdin=subprocess.DEVNULL,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+                            stdout=stdout, stderr=subprocess.PIPE, universal_newlines=True)
 
 
 def cut_at_every_byte(program):
@@ -51,7 +51,7 @@ def ended_by(number, program):
         for pid in [process.pid] + children(process.pid):
             os.kill(pid, number)
         stdout, stderr = process.communicate(timeout=20)
-    assert process.returncode == -number, process.returncode
+    assert process.returncode in (-number, 128 + number), process.returncode  # a shell says the latter
     assert (stdout, stderr) == ('Retrieving goal state from the Wireserver\n', ''), (stdout, stderr)
 
 
@@ -73,13 +73,27 @@ def sigint(program):
 
 def nobody_listens(program):
     """Ready is reported though nothing that is printed gets anywhere."""
-    for where in ('/dev/full', '/dev/null'):
+    for redirections in ('>/dev/full 2>/dev/full', '<&- >&- 2>&-', '2>&1'):
         with Host({'goalstate': [Answer('body', DOCUMENT)], 'health': [TAKEN]}) as host:
-            command = 'exec "$@" >%s 2>%s' % (where, where) if where == '/dev/full' else 'exec "$@" <&- >&- 2>&-'
-            process = start('sh -c %s sh %s' % (shlex.quote(command), program), host, 'ready')
+            reader, writer = os.pipe()
+            os.close(reader)  # nobody reads from it
+            process = start("sh -c 'exec \"$@\" %s' sh %s" % (redirections, program), host, 'ready', stdout=writer)
+            os.close(writer)
             process.communicate(timeout=30)
-            assert process.returncode == 0, process.returncode
+            assert process.returncode == 0, (redirections, process.returncode)
             assert [request.line[:4] for request in host.requests] == ['GET ', 'POST'], host.requests
+
+
+def closed_stderr(program):
+    """A step that fails ends the run, a bad setting is refused, though stderr is closed."""
+    command = "sh -c 'exec \"$@\" 2>&-' sh %s" % program
+    with Host({'computerName': [Answer('body', b'web-1')]}) as host:
+        process = start(command, host, 'ready', 'hostname', AZURE_PROVISIONING_ATTEMPTS='1')
+        assert process.communicate(timeout=30)[0] == 'Retrieving goal state from the Wireserver\n'
+        assert process.returncode == 1 and len(host.requests) == 1, (process.returncode, host.requests)
+        process = start(command, host, 'ready', AZURE_PROVISIONING_ATTEMPTS='0')
+        assert process.communicate(timeout=30)[0] == ''
+        assert process.returncode == 2 and len(host.requests) == 1, (process.returncode, host.requests)
 
 
 def without_hostnamectl(program):
@@ -125,7 +139,7 @@ def on_scratch_etc(program, prepare):
         return process.returncode, stderr, report.read()
 
 
-CHECKS = [cut_at_every_byte, sigterm, sigint, nobody_listens, without_hostnamectl, read_only_etc, full_etc]
+CHECKS = [cut_at_every_byte, sigterm, sigint, nobody_listens, closed_stderr, without_hostnamectl, read_only_etc, full_etc]
 
 
 def main():

@@ -110,10 +110,15 @@ setup() {
     run python3 tests/run.py --only no-such-case true
     [ "$status" -eq 2 ]
     cp -r tests "$scratch/tests"
-    rm "$scratch/tests/cases/runs/must-named/why"
-    run python3 "$scratch/tests/run.py" true
-    [ "$status" -eq 2 ]
-    [[ $output == *'runs/must-named'* ]]
+    for spoil in 'rm must-named/why' 'echo x >must-named/expected' 'mkdir named' 'rm must/goalstate.body' 'rm must/exit'; do
+        rm -rf "$scratch/tests/cases"
+        cp -r tests/cases "$scratch/tests/cases"
+        (cd "$scratch/tests/cases/runs" && eval "$spoil")
+        run python3 "$scratch/tests/run.py" true
+        echo "$spoil: $output"
+        [ "$status" -eq 2 ]
+        [[ $output == *'runs/'* ]]
+    done
 }
 
 @test "the runner fails a program that does nothing" {

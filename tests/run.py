@@ -45,7 +45,10 @@ class Case:
     def __init__(self, path):
         self.path = path
         self.name = '%s/%s' % (path.parent.name, path.name)
-        self.verdict = re.match('(must-not|must|either)-', path.name + '-').group(1)
+        match = re.fullmatch('(must-not|must|either)-.+', path.name)
+        if not match:
+            raise BadCase('%s: the name has no verdict' % self.name)
+        self.verdict = match.group(1)
         self.files = {}
         for folder in (path.parent / self.verdict, path):
             own = {each.name: each.read_bytes() for each in folder.iterdir()}
@@ -74,6 +77,9 @@ class Case:
         for outcome in self.expected:
             if 'exit' not in outcome or 'requests' not in outcome:
                 raise BadCase('%s: no exit, or no requests' % self.name)
+            for endpoint, line in ENDPOINTS.items():
+                if line + '\n' in outcome['requests'] and not self.answers()[endpoint]:
+                    raise BadCase('%s: no answer to %s' % (self.name, line))
 
     def text(self, name):
         return self.files.get(name, b'').decode()
@@ -100,8 +106,8 @@ class Case:
 
 def find_cases(only=''):
     """All cases, in order."""
-    cases = [Case(path) for path in sorted((TESTS / 'cases').glob('*/*-*'))
-             if path.name != 'must-not' and only in '%s/%s' % (path.parent.name, path.name)]
+    cases = [Case(path) for path in sorted((TESTS / 'cases').glob('*/*'))
+             if path.name not in ('must', 'must-not', 'either') and only in '%s/%s' % (path.parent.name, path.name)]
     if not cases:
         raise BadCase('no case found')
     return cases
@@ -223,8 +229,6 @@ def main():
     loopback_only()
     try:
         cases = find_cases(arguments.only)
-        for case in cases:
-            case.answers()
     except (BadCase, OSError, ValueError) as error:
         print('the cases are not in order: %s' % error)
         sys.exit(2)

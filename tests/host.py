@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 
-ENDPOINTS = {  # what is asked for -> the request line's beginning
+ENDPOINTS = {  # what is asked for -> the request line, but for the path of a base URL
     'goalstate': 'GET /machine?comp=goalstate',
     'health': 'POST /machine?comp=health',
     'computerName': 'GET /metadata/instance/compute/osProfile/computerName?api-version=2021-02-01&format=text',
@@ -61,6 +61,15 @@ def reachable():
 def is_loopback(url):
     """Whether a base URL is one that tests may talk to."""
     return re.match(r'\w+://([^/@]*@)?(127\.\d+\.\d+\.\d+|localhost|\[::1\])(?![\w.-])', url) is not None
+
+
+def endpoint_of(line):
+    """What a request line asks for, or None."""
+    method, _, target = line.partition(' ')
+    for endpoint, asked in ENDPOINTS.items():
+        if method == asked.partition(' ')[0] and target.endswith(asked.partition(' ')[2]):
+            return endpoint
+    return None
 
 
 class Host:
@@ -144,13 +153,13 @@ class Host:
 
     def answer(self, request):
         """The next answer of the endpoint that is asked for."""
-        for endpoint, line in ENDPOINTS.items():
-            if request.line == line and self.answers.get(endpoint):
-                with self.lock:
-                    turn = self.asked[endpoint]
-                    self.asked[endpoint] += 1
-                answers = self.answers[endpoint]
-                return answers[min(turn, len(answers) - 1)]
+        endpoint = endpoint_of(request.line)
+        if self.answers.get(endpoint):
+            with self.lock:
+                turn = self.asked[endpoint]
+                self.asked[endpoint] += 1
+            answers = self.answers[endpoint]
+            return answers[min(turn, len(answers) - 1)]
         return Answer('http', b'HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n')
 
     def reply(self, connection, answer):

@@ -54,7 +54,7 @@ def run(*command):
     return os.spawnvp(os.P_WAIT, command[0], command) == 0
 
 def check_url(name, url):
-    if not re.fullmatch('http://[A-Za-z0-9._~-]+(:[0-9]+)?(/[A-Za-z0-9._~:-]+)*/?', url):
+    if not re.fullmatch('http://[A-Za-z0-9._~-]+(:[1-9][0-9]{0,4})?(/[A-Za-z0-9._~:-]+)*/?', url):
         misused('bad ' + name)
 
 def check_number(name, number, least):

@@ -35,7 +35,7 @@ run() { command -v "$1" >/dev/null && command "$@"; } # COMMAND [ARGUMENT]..., w
 check_url() { # NAME URL: http://HOST[:PORT][/PATH]
     rest=${2#http://}
     case $rest in "$2" | *[!A-Za-z0-9._~:/-]* | *//*) misused "bad $1" ;; esac
-    case ${rest%%/*} in '' | :* | *: | *:*[!0-9]*) misused "bad $1" ;; esac
+    case ${rest%%/*} in '' | :* | *: | *:*[!0-9]* | *:0* | *:??????*) misused "bad $1" ;; esac
 }
 
 check_number() { # NAME NUMBER LEAST: without leading zeros, of six digits at most

@@ -30,6 +30,8 @@ TIMEOUT = os.environ.get('AZURE_PROVISIONING_TIMEOUT', '30')
 BODY_LIMIT = 65536  # bytes
 AGENT = {'x-ms-version': '2012-11-30', 'x-ms-agent-name': 'custom-provisioning'}
 SPACE = ' \t\n\r'  # XML's white space
+PATHS = ('/GoalState/Incarnation', '/GoalState/Container/ContainerId',
+         '/GoalState/Container/RoleInstanceList/RoleInstance/InstanceId')
 ID = '[!#-%(-;=?-~]+'  # what an id is made of: visible ASCII, but for < > & " and '
 
 class Failed(Exception):
@@ -123,12 +125,12 @@ def parse(document):
     texts = {}
     def tag(name, attributes=None):
         nonlocal path, text
-        if attributes is not None:  # a start tag goes down into its element; an end tag takes its text and goes up again
+        if attributes is not None:  # a start tag goes down into its element, an end tag takes the text and goes up
             if not path and name != 'GoalState':
                 raise ValueError
             path, text = path + '/' + name, ''
         else:
-            texts.setdefault(path, trim(text))
+            texts.setdefault(path if path in PATHS else '', trim(text))
             path, text = path.rpartition('/')[0], '<'  # no value has an element inside
     def add(data):
         nonlocal text
@@ -150,9 +152,7 @@ def goal_state():
         texts = parse(body)
     except (ValueError, expat.ExpatError):
         raise Failed('goal state: not a goal state')
-    incarnation = texts.get('/GoalState/Incarnation', '')
-    container_id = texts.get('/GoalState/Container/ContainerId', '')
-    instance_id = texts.get('/GoalState/Container/RoleInstanceList/RoleInstance/InstanceId', '')
+    incarnation, container_id, instance_id = [texts.get(path, '') for path in PATHS]
     for what, value, pattern in (('Incarnation', incarnation, '[0-9]+'), ('ContainerId', container_id, ID),
                                  ('InstanceId', instance_id, ID)):
         if not re.fullmatch(pattern, value):

@@ -123,10 +123,10 @@ parse() { # read the goal state in $body: sets $incarnation, $container_id and $
         '!'*) return 1 ;; # a DTD, or CDATA
         *) tag || return 1 ;;
         esac
-        [ -z "$inside" ] || case $inside$path:$piece in
-        '-->'*:*--*'-->'*) return 1 ;;                   # '--' in a comment
-        "$inside":*"$inside"*[!"$SPACE"]*) return 1 ;;   # text outside the root
-        "$inside"*:*"$inside"*) inside='' text='<' ;; # no value has a comment inside
+        [ -z "$inside" ] || case "$inside$piece " in
+        '-->'"${piece%%--*}--"[!\>]*) return 1 ;;          # '--' in a comment
+        "$path$inside"*"$inside"*[!"$SPACE"]*) return 1 ;; # text outside the root: $path is empty there
+        "$inside"*"$inside"*) inside='' text='<' ;;        # no value has a comment inside
         esac
     done
     [ -z "$path$inside" ] && [ -n "$root" ]
@@ -140,24 +140,24 @@ tag() { # read the tag at the start of $piece, and the text behind it
         \'*\'*) rest=${rest#?*\'} ;;
         *) return 1 ;;
         esac
-        case $head in [!/]*["$SPACE"]*=*) piece="${head%%["$SPACE"]*} $rest" ;; *) return 1 ;; esac
+        case $head in [!/]*["$SPACE"][!"$SPACE"=]*=*) piece="${head%%["$SPACE"]*} $rest" ;; *) return 1 ;; esac
     done
     name=${head#/}
-    case $name in '' | ["$SPACE"/]* | *["$SPACE"/]*[!"$SPACE"/]*) return 1 ;; esac
     name=${name%%["$SPACE"/]*} rest=${rest#>}
+    case $head in
+    '' | ["$SPACE"]* | "/$name"*[!"$SPACE"]* | "$name"*/?* | "$name"*[!"$SPACE"/]*) return 1 ;;
+    esac
     case $head in
     [!/]*) [ -n "$path" ] || [ "$root$name" = GoalState ] || return 1
         root=GoalState path=$path/$name text='' ;;
     esac
     case $head in
-    /*/) return 1 ;;
     /* | */)
         [ "${path##*/}" = "$name" ] || return 1
-        trim "$text"
         case $path in
-        /GoalState/Incarnation) incarnation=${incarnation-$value} ;;
-        /GoalState/Container/ContainerId) container_id=${container_id-$value} ;;
-        /GoalState/Container/RoleInstanceList/RoleInstance/InstanceId) instance_id=${instance_id-$value} ;;
+        /GoalState/Incarnation) trim "$text"; incarnation=${incarnation-$value} ;;
+        /GoalState/Container/ContainerId) trim "$text"; container_id=${container_id-$value} ;;
+        /GoalState/Container/RoleInstanceList/RoleInstance/InstanceId) trim "$text"; instance_id=${instance_id-$value} ;;
         esac
         path=${path%/*} text='<' ;; # no value has an element inside
     *) text=$rest ;;

@@ -19,7 +19,8 @@ setup() {
 @test "each script is under 250 lines, none longer than 120 characters" {
     for script in azure-provisioning.py azure-provisioning.sh; do
         [ "$(wc -l <"$script")" -lt 250 ]
-        ! grep -nE '.{121}' "$script"
+        run grep -nE '.{121}' "$script"
+        [ "$status" -eq 1 ]
     done
 }
 

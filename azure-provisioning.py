@@ -152,13 +152,13 @@ def goal_state():
         texts = parse(body)
     except (ValueError, expat.ExpatError):
         raise Failed('goal state: not a goal state')
-    incarnation, container_id, instance_id = [texts.get(path, '') for path in PATHS]
-    for what, value, pattern in (('Incarnation', incarnation, '[0-9]+'), ('ContainerId', container_id, ID),
-                                 ('InstanceId', instance_id, ID)):
+    incarnation, container, instance = [texts.get(path, '') for path in PATHS]
+    for what, value, pattern in (('Incarnation', incarnation, '[0-9]+'), ('ContainerId', container, ID),
+                                 ('InstanceId', instance, ID)):
         if not re.fullmatch(pattern, value):
             raise Failed('goal state: no ' + what)
-    say('ContainerId: ' + container_id, 'InstanceId: ' + instance_id, 'Incarnation: ' + incarnation)
-    return incarnation, container_id, instance_id
+    say('ContainerId: ' + container, 'InstanceId: ' + instance, 'Incarnation: ' + incarnation)
+    return incarnation, container, instance
 
 def health_report():
     """Report Ready for the goal state just read: the WireServer refuses an earlier incarnation."""

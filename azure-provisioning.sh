@@ -108,8 +108,8 @@ trim() { # TEXT: sets $value to it without white space around it
     done
 }
 
-parse() { # read the goal state in $body: sets $incarnation, $container_id and $instance_id, as far as they are in it
-    unset incarnation container_id instance_id
+parse() { # read the goal state in $body: sets $incarnation, $container and $instance, as far as they are in it
+    unset incarnation container instance
     path='' root='' text='' inside=''
     case $body in *[$(printf '\001-\010\013\014\016-\037')]*) return 1 ;; esac # XML has no such characters
     case ${body%%'<?xml'["$SPACE"]*} in '' | *[!"$SPACE"]*) ;; *) return 1 ;; esac # nothing before a declaration
@@ -145,7 +145,7 @@ tag() { # read the tag at the start of $piece, and the text behind it
     name=${head#/}
     name=${name%%["$SPACE"/]*} rest=${rest#>}
     case $head in
-    '' | ["$SPACE"]* | "/$name"*[!"$SPACE"]* | "$name"*/?* | "$name"*[!"$SPACE"/]*) return 1 ;;
+    '' | / | ["$SPACE"]* | "/$name"*[!"$SPACE"]* | "$name"*/?* | "$name"*[!"$SPACE"/]*) return 1 ;;
     esac
     case $head in
     [!/]*) [ -n "$path" ] || [ "$root$name" = GoalState ] || return 1
@@ -156,8 +156,8 @@ tag() { # read the tag at the start of $piece, and the text behind it
         [ "${path##*/}" = "$name" ] || return 1
         case $path in
         /GoalState/Incarnation) trim "$text"; incarnation=${incarnation-$value} ;;
-        /GoalState/Container/ContainerId) trim "$text"; container_id=${container_id-$value} ;;
-        /GoalState/Container/RoleInstanceList/RoleInstance/InstanceId) trim "$text"; instance_id=${instance_id-$value} ;;
+        /GoalState/Container/ContainerId) trim "$text"; container=${container-$value} ;;
+        /GoalState/Container/RoleInstanceList/RoleInstance/InstanceId) trim "$text"; instance=${instance-$value} ;;
         esac
         path=${path%/*} text='<' ;; # no value has an element inside
     *) text=$rest ;;
@@ -170,16 +170,16 @@ goal_state() {
         --header 'x-ms-agent-name: custom-provisioning' || return
     if parse; then reason=''; else reason='not a goal state'; fi
     case ${incarnation-} in '' | *[!0-9]*) reason=${reason:-no Incarnation} ;; esac
-    case ${container_id-} in '' | *[!$ID]*) reason=${reason:-no ContainerId} ;; esac
-    case ${instance_id-} in '' | *[!$ID]*) reason=${reason:-no InstanceId} ;; esac
+    case ${container-} in '' | *[!$ID]*) reason=${reason:-no ContainerId} ;; esac
+    case ${instance-} in '' | *[!$ID]*) reason=${reason:-no InstanceId} ;; esac
     [ -z "$reason" ] || { reason="goal state: $reason" && return 1; }
-    say "ContainerId: $container_id" "InstanceId: $instance_id" "Incarnation: $incarnation"
+    say "ContainerId: $container" "InstanceId: $instance" "Incarnation: $incarnation"
 }
 
 health_report() { # only for a goal state just read: the WireServer refuses an earlier incarnation
     goal_state || return
     report="<Health><GoalStateIncarnation>$incarnation</GoalStateIncarnation><Container>\
-<ContainerId>$container_id</ContainerId><RoleInstanceList><Role><InstanceId>$instance_id</InstanceId>\
+<ContainerId>$container</ContainerId><RoleInstanceList><Role><InstanceId>$instance</InstanceId>\
 <Health><State>Ready</State></Health></Role></RoleInstanceList></Container></Health>"
     say 'Sending the following data to Wireserver:' "$report"
     exchange 'health report' "${WIRESERVER%/}/machine?comp=health" "$report" --header 'x-ms-version: 2012-11-30' \

@@ -132,14 +132,16 @@ def on_scratch_etc(program, prepare):
         echo "$(uname -n) $name $(stat -c %%a /etc/hostname) $(cd /etc && echo *)" >"$REPORT"
         exit $status""" % prepare
     with Host({'computerName': [Answer('body', b'web-1')]}) as host, tempfile.NamedTemporaryFile('r') as report:
-        process = start(' '.join(map(shlex.quote, unshare + ['sh', '-c', script, 'sh'])) + ' ' + program, host, 'hostname',
+        words = ' '.join(map(shlex.quote, unshare + ['sh', '-c', script, 'sh']))
+        process = start(words + ' ' + program, host, 'hostname',
                         FAILING='hostnamectl', REPORT=report.name)
         stdout, stderr = process.communicate(timeout=60)
         assert stdout == 'Retrieving hostname from IMDS\nHostname: web-1\n', stdout
         return process.returncode, stderr, report.read()
 
 
-CHECKS = [cut_at_every_byte, sigterm, sigint, nobody_listens, closed_stderr, without_hostnamectl, read_only_etc, full_etc]
+CHECKS = [cut_at_every_byte, sigterm, sigint, nobody_listens, closed_stderr, without_hostnamectl, read_only_etc,
+          full_etc]
 
 
 def main():

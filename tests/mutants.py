@@ -12,8 +12,7 @@ import tempfile
 import run
 from host import loopback_only
 
-MUTANT = re.compile('(?P<why>.*)\ncaught by (?P<case>.*)\n(?P<changes>(?:--- before\n(?:.|\n)*?\n[+]{3} after\n(?:.|\n)*?'
-                    '\n(?=--- before|$))+)')
+MUTANT = re.compile('(?P<why>.*)\ncaught by (?P<case>.*)\n(?P<changes>--- before\n(?:.|\n)*)')
 CHANGE = re.compile('--- before\n((?:.|\n)*?)\n[+]{3} after\n((?:.|\n)*?)\n(?=--- before|$)')
 
 

@@ -111,7 +111,8 @@ setup() {
     run python3 tests/run.py --only no-such-case true
     [ "$status" -eq 2 ]
     cp -r tests "$scratch/tests"
-    for spoil in 'rm must-named/why' 'echo x >must-named/expected' 'mkdir named' 'rm must/goalstate.body' 'rm must/exit'; do
+    for spoil in 'rm must-named/why' 'echo x >must-named/expected' 'mkdir named' 'rm must/goalstate.body' \
+        'rm must/exit'; do
         rm -rf "$scratch/tests/cases"
         cp -r tests/cases "$scratch/tests/cases"
         (cd "$scratch/tests/cases/runs" && eval "$spoil")

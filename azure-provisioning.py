@@ -15,8 +15,8 @@ Settings, from the environment, and their defaults:
   AZURE_PROVISIONING_INTERVAL    longest wait between two attempts, in seconds, from 0 (5)
   AZURE_PROVISIONING_TIMEOUT     time for one exchange, in seconds, from 1 (30)"""
 import os, signal, sys
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-if __name__ == '__main__' and not sys.flags.isolated:  # import nothing from this folder, nor what PYTHONPATH names
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # end without a traceback
+if __name__ == '__main__' and not sys.flags.isolated:  # import nothing from this folder or PYTHONPATH
     os.execv(sys.executable, [sys.executable, '-IS', *sys.argv])
 import http.client, re, socket, time
 from xml.parsers import expat
@@ -36,7 +36,7 @@ ID = '[!#-%(-;=?-~]+'  # what an id is made of: visible ASCII, but for < > & " a
 
 class Failed(Exception):
     """An exchange, or what it brought, was no good; says why."""
-    final = False  # nor would another be
+    final = False  # True: another attempt would fail too
 
 def say(*lines, file=None):
     try:
@@ -45,7 +45,7 @@ def say(*lines, file=None):
         pass  # the VM is Ready whether or not somebody listens
 
 def complain(*lines):
-    say(*lines, file=sys.stderr or open(os.devnull, 'w'))
+    say(*lines, file=sys.stderr or open(os.devnull, 'w'))  # None: closed
 
 def misused(message):
     complain('azure-provisioning: ' + message, __doc__)
@@ -74,7 +74,7 @@ def exchange(label, url, data, headers):
                                     'Accept-Encoding': 'identity', 'Connection': 'close'})
     except Failed as failure:
         reason = str(failure)
-    except (OSError, OverflowError, UnicodeError):
+    except (OSError, OverflowError, UnicodeError):  # the last two: no such port, no such name
         reason = 'no connection'
     except (http.client.HTTPException, ValueError):
         reason = 'broken reply'
@@ -131,7 +131,7 @@ def parse(document):
             path, text = path + '/' + name, ''
         else:
             texts.setdefault(path if path in PATHS else '', trim(text))
-            path, text = path.rpartition('/')[0], '<'  # no value has an element inside
+            path, text = path.rpartition('/')[0], '<'  # '<' spoils a value with an element inside
     def add(data):
         nonlocal text
         text += data
@@ -140,7 +140,7 @@ def parse(document):
     parser = expat.ParserCreate('utf-8')
     parser.StartElementHandler = parser.EndElementHandler = tag
     parser.CharacterDataHandler = add
-    parser.CommentHandler = parser.ProcessingInstructionHandler = lambda *_: add('<')  # nor a comment
+    parser.CommentHandler = parser.ProcessingInstructionHandler = lambda *_: add('<')  # or a comment
     parser.StartDoctypeDeclHandler = parser.StartCdataSectionHandler = refuse
     parser.Parse(document, True)
     return texts
@@ -196,7 +196,7 @@ def hostname():
         value = retry('hostname', 5, metadata, 'osProfile/computerName', '2021-02-01')
     except Failed:
         value = retry('hostname', int(ATTEMPTS), metadata, 'name', '2019-06-01')
-    longest = 64 if '.' in value else 63  # of a label
+    longest = 64 if '.' in value else 63  # Linux takes 64 in all, DNS 63 between two dots
     if not re.fullmatch('[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?', value) or '..' in value or len(value) > longest:
         raise Failed('no valid hostname')
     say('Hostname: ' + value)
@@ -246,4 +246,4 @@ def main(arguments):
     return 0
 
 if __name__ == '__main__':
-    os._exit(main(sys.argv[1:]))  # what could not be printed is not to be tried again
+    os._exit(main(sys.argv[1:]))  # without another try to print what could not be printed

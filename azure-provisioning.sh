@@ -2,7 +2,7 @@
 # The provisioning agent in one file; azure-provisioning.py is the same program in Python, function by function.
 # Needs curl, or wget with head, timeout and tr. Sources: https://learn.microsoft.com/azure/virtual-machines/, the pages
 # linux/no-agent for the protocol and instance-metadata-service for IMDS.
-set -fu # -f: what a server sent is split into words below, and must not be matched with file names
+set -fu # -f: what a server sent is split into words below, not matched with file names; all variables are global
 export LC_ALL=C
 trap '' PIPE # the VM is Ready whether or not somebody listens
 VERSION=0.1.0
@@ -30,7 +30,7 @@ ID='!#-%(-;=?-~' # what an id is made of: visible ASCII, but for < > & " and '
 say() { { printf '%s\n' "$@" || :; } 2>/dev/null; }
 complain() { say "$@" >&2; }
 misused() { complain "azure-provisioning: $1" "$USAGE"; exit 2; }
-run() { command -v "$1" >/dev/null && command "$@"; } # COMMAND [ARGUMENT]..., where there is one
+run() { command -v "$1" >/dev/null && command "$@"; } # COMMAND [ARGUMENT]...: if there is such a command
 
 check_url() { # NAME URL: http://HOST[:PORT][/PATH]
     rest=${2#http://}
@@ -48,7 +48,7 @@ exchange() { # LABEL URL DATA [--header HEADER]...: POST the DATA, or GET withou
     shift 3
     transfer "$@" --header "User-Agent: azure-provisioning/$VERSION" --header 'Accept: */*' \
         --header 'Accept-Encoding: identity' --header 'Connection: close'
-    case ${data:+POST}$status:$code in
+    case ${data:+POST}$status:$code in # status 000: none; code, of curl: 28 too slow, 63 too large
     200:0 | POST2??:0) return 0 ;;
     200:28 | POST2??:28 | *000:28) reason="$label: timed out" ;;
     200:63 | POST2??:63) reason="$label: reply too large" ;;
@@ -60,7 +60,7 @@ exchange() { # LABEL URL DATA [--header HEADER]...: POST the DATA, or GET withou
     return 1
 }
 
-transfer() { # [--header HEADER]...: sets $status, $body, and $code to curl's exit status, or what that would be of wget
+transfer() { # [--header HEADER]...: sets $status, $body, and $code to curl's exit status, or the one that fits wget's
     if command -v curl >/dev/null; then
         [ -z "$data" ] || set -- "$@" --data-binary "$data"
         # Before curl 8.4, only --limit-rate and --max-time bound a body that comes without its length.
@@ -74,18 +74,18 @@ transfer() { # [--header HEADER]...: sets $status, $body, and $code to curl's ex
             said=$(timeout "$TIMEOUT" wget -q -S -Y off -O - "$@" "$url" 2>&1 >&3)
             code=$? status=000
             case $said in *'  HTTP/1.'?' '[1-9][0-9][0-9]*) status=${said#*  HTTP/1.? } ;; esac
-            # 124 and 143 are said by timeout, of coreutils and BusyBox; indented stands what the server sent
+            # timeout ends with 124 (coreutils) or 143 (BusyBox); wget indents what the server sent
             case $code:$said in 124:* | 143:*) code=28 ;; [!0]:*'  '*) code=8 ;; [!0]:*) code=7 ;; esac
             printf ' %.3s %s' "$status" "$code"
         } 3>&1 2>/dev/null | head -c $((BODY_LIMIT + 10)) | tr '\000' '\001')
-        [ "${#reply}" -lt $((BODY_LIMIT + 10)) ] || reply="$reply 200 0" # it was cut there
+        [ "${#reply}" -lt $((BODY_LIMIT + 10)) ] || reply="$reply 200 0" # cut there, and with it the end
         code=${reply##* }
-        size=$((${#reply} - 5 - ${#code}))
+        size=$((${#reply} - 5 - ${#code})) # without " STATUS CODE"
     fi
     reply=${reply% *}
     status=${reply##* }
     body=${reply% *}
-    [ "${#body}" -eq "$size" ] || body='\0' # a NUL byte was dropped: neither a goal state nor a hostname
+    [ "${#body}" -eq "$size" ] || body='\0' # a NUL byte was dropped: put in what is neither goal state nor hostname
     [ "$size" -le "$BODY_LIMIT" ] || code=63
 }
 
@@ -101,7 +101,7 @@ retry() { # STEP ATTEMPTS COMMAND [ARGUMENT]...: until COMMAND succeeds, or retu
     done
 }
 
-trim() { # TEXT: sets $value to it without white space around it
+trim() { # TEXT: sets $value to its words, with a space between: a value has one
     value='' IFS=$SPACE
     for word in $1; do
         [ -z "$word" ] || value=${value:+$value }$word
@@ -126,7 +126,7 @@ parse() { # read the goal state in $body: sets $incarnation, $container and $ins
         [ -z "$inside" ] || case "$inside$piece " in
         '-->'"${piece%%--*}--"[!\>]*) return 1 ;;          # '--' in a comment
         "$path$inside"*"$inside"*[!"$SPACE"]*) return 1 ;; # text outside the root: $path is empty there
-        "$inside"*"$inside"*) inside='' text='<' ;;        # no value has a comment inside
+        "$inside"*"$inside"*) inside='' text='<' ;;        # '<' spoils a value with a comment inside
         esac
     done
     [ -z "$path$inside" ] && [ -n "$root" ]
@@ -159,7 +159,7 @@ tag() { # read the tag at the start of $piece, and the text behind it
         /GoalState/Container/ContainerId) trim "$text"; container=${container-$value} ;;
         /GoalState/Container/RoleInstanceList/RoleInstance/InstanceId) trim "$text"; instance=${instance-$value} ;;
         esac
-        path=${path%/*} text='<' ;; # no value has an element inside
+        path=${path%/*} text='<' ;; # '<' spoils a value with an element inside
     *) text=$rest ;;
     esac
     [ -n "$path" ] || case $rest in *[!"$SPACE"]*) return 1 ;; esac
@@ -195,7 +195,7 @@ ready() {
 metadata() { # LEAF API_VERSION: ask IMDS; sets $value
     exchange "${1##*/}" "${IMDS%/}/metadata/instance/compute/$1?api-version=$2&format=text" '' \
         --header 'Metadata: true' || case $reason in
-    *'HTTP 404' | *'HTTP 410' | *'HTTP 429' | *'HTTP 5'?? | *[!0-9]) return 1 ;;
+    *'HTTP 404' | *'HTTP 410' | *'HTTP 429' | *'HTTP 5'?? | *[!0-9]) return 1 ;; # the last: no status
     *) return 2 ;; # any other status
     esac
     trim "$body"
@@ -207,7 +207,7 @@ hostname() {
     say 'Retrieving hostname from IMDS'
     retry hostname 5 metadata osProfile/computerName 2021-02-01 ||
         retry hostname "$ATTEMPTS" metadata name 2019-06-01 || return
-    case $value in *.*) longest=64 ;; *) longest=63 ;; esac # as a label
+    case $value in *.*) longest=64 ;; *) longest=63 ;; esac # Linux takes 64 in all, DNS 63 between two dots
     case $value in *[!A-Za-z0-9._-]* | [!A-Za-z0-9]* | *[!A-Za-z0-9] | *..*) longest=0 ;; esac
     [ "${#value}" -le "$longest" ] || { reason='no valid hostname' && return 1; }
     say "Hostname: $value"

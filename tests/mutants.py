@@ -45,7 +45,7 @@ def main():
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         for number, (path, (good, case, why)) in enumerate(zip(mutants, pool.map(caught, mutants)), 1):
             failed = failed or not good
-            print('%s %d %s: %s (%s)' % ('ok' if good else 'not ok', number, path.name, why, case), flush=True)
+            print('%s %d caught: %s: %s (%s)' % ('ok' if good else 'not ok', number, path.name, why, case), flush=True)
     sys.exit(1 if failed else 0)
 
 

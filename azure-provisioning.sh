@@ -114,13 +114,13 @@ parse() { # read the goal state in $body: sets $incarnation, $container and $ins
     case $body in *[$(printf '\001-\010\013\014\016-\037')]*) return 1 ;; esac # XML has no such characters
     case ${body%%'<?xml'["$SPACE"]*} in '' | *[!"$SPACE"]*) ;; *) return 1 ;; esac # nothing before a declaration
     # Between two '<' stand a tag and the text behind it, or a part of a comment or processing instruction. What is
-    # before the first counts as the end of an instruction; the space keeps the shell from dropping a '<' at the end.
+    # before the first is put behind an instruction, ?x?>; the space keeps the shell from dropping a '<' at the end.
     IFS='<'
-    for piece in '?>'${body#"$(printf '\357\273\277')"}' '; do
+    for piece in '?x?>'${body#"$(printf '\357\273\277')"}' '; do
         [ -n "$inside" ] || case $piece in
         '!--'*) inside='-->' piece=${piece#!--} ;;
+        '!'* | '?'["$SPACE"?\>]*) return 1 ;; # a DTD, CDATA, an instruction without a name
         '?'*) inside='?>' ;;
-        '!'*) return 1 ;; # a DTD, or CDATA
         *) tag || return 1 ;;
         esac
         [ -z "$inside" ] || case "$inside$piece " in

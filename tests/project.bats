@@ -63,39 +63,39 @@ setup() {
 
 @test "make install puts either script and the unit in place, make uninstall takes both away" {
     for implementation in py sh; do
-        make install DESTDIR="$scratch/root" IMPL="$implementation"
-        cmp "azure-provisioning.$implementation" "$scratch/root/usr/local/sbin/azure-provisioning"
-        cmp azure-provisioning.service "$scratch/root/etc/systemd/system/azure-provisioning.service"
-        "$scratch/root/usr/local/sbin/azure-provisioning" --version
-        make uninstall DESTDIR="$scratch/root"
-        [ -z "$(find "$scratch/root" -type f)" ]
+        make install DESTDIR="$scratch/tree" IMPL="$implementation"
+        cmp "azure-provisioning.$implementation" "$scratch/tree/usr/local/sbin/azure-provisioning"
+        cmp azure-provisioning.service "$scratch/tree/etc/systemd/system/azure-provisioning.service"
+        "$scratch/tree/usr/local/sbin/azure-provisioning" --version
+        make uninstall DESTDIR="$scratch/tree"
+        [ -z "$(find "$scratch/tree" -type f)" ]
     done
 }
 
 @test "make install follows PREFIX and UNITDIR" {
-    make install DESTDIR="$scratch/root" PREFIX=/opt/azure UNITDIR=/usr/lib/systemd/system IMPL=sh
+    make install DESTDIR="$scratch/tree" PREFIX=/opt/azure UNITDIR=/usr/lib/systemd/system IMPL=sh
     grep -q '^ExecStart=/opt/azure/sbin/azure-provisioning$' \
-        "$scratch/root/usr/lib/systemd/system/azure-provisioning.service"
-    [ -x "$scratch/root/opt/azure/sbin/azure-provisioning" ]
+        "$scratch/tree/usr/lib/systemd/system/azure-provisioning.service"
+    [ -x "$scratch/tree/opt/azure/sbin/azure-provisioning" ]
 }
 
 @test "make install without IMPL installs nothing" {
-    run make install DESTDIR="$scratch/root"
+    run make install DESTDIR="$scratch/tree"
     [ "$status" -ne 0 ]
-    [ ! -e "$scratch/root" ]
+    [ ! -e "$scratch/tree" ]
 }
 
 @test "the unit passes systemd-analyze verify without a word" {
     command -v systemd-analyze || skip 'no systemd-analyze'
-    make install DESTDIR="$scratch/root" IMPL=sh
-    mkdir -p "$scratch/root/usr/lib/systemd"
-    cp -r /lib/systemd/system "$scratch/root/usr/lib/systemd/" # the targets it names
-    run --separate-stderr systemd-analyze verify --man=no --root="$scratch/root" azure-provisioning.service
+    make install DESTDIR="$scratch/tree" IMPL=sh
+    mkdir -p "$scratch/tree/usr/lib/systemd"
+    cp -r /lib/systemd/system "$scratch/tree/usr/lib/systemd/" # the targets it names
+    run --separate-stderr systemd-analyze verify --man=no --root="$scratch/tree" azure-provisioning.service
     [ "$status" -eq 0 ]
     [ -z "$output$stderr" ]
     # and verify would have said something
-    echo Nonsense=1 >>"$scratch/root/etc/systemd/system/azure-provisioning.service"
-    run --separate-stderr systemd-analyze verify --man=no --root="$scratch/root" azure-provisioning.service
+    echo Nonsense=1 >>"$scratch/tree/etc/systemd/system/azure-provisioning.service"
+    run --separate-stderr systemd-analyze verify --man=no --root="$scratch/tree" azure-provisioning.service
     [ -n "$stderr" ]
 }
 

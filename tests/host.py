@@ -42,7 +42,8 @@ def loopback_only():
     if os.environ.get('LOOPBACK_ONLY') != 'tried':
         os.environ['LOOPBACK_ONLY'] = 'tried'
         isolate = ['unshare', '--net'] if os.getuid() == 0 else ['unshare', '--map-root-user', '--net']
-        if shutil.which('unshare') and subprocess.call(isolate + ['true'], stderr=subprocess.DEVNULL) == 0:
+        if shutil.which('unshare') and subprocess.call(isolate + [sys.executable, '-c', ''],
+                                                       stderr=subprocess.DEVNULL) == 0:
             os.execvp('unshare', isolate + [sys.executable] + sys.argv)
         print('no network namespace can be had: going on with loopback addresses alone')
     elif os.listdir('/sys/class/net') and not reachable():

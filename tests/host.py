@@ -64,6 +64,13 @@ def is_loopback(url):
     return re.match(r'\w+://([^/@]*@)?(127\.\d+\.\d+\.\d+|localhost|\[::1\])(?![\w.-])', url) is not None
 
 
+def children(pid):
+    """The processes below a process."""
+    with open('/proc/%d/task/%d/children' % (pid, pid)) as found:
+        pids = [int(each) for each in found.read().split()]
+    return pids + [each for child in pids for each in children(child)]
+
+
 def endpoint_of(line):
     """What a request line asks for, or None."""
     method, _, target = line.partition(' ')
@@ -83,6 +90,7 @@ class Host:
         self.lock = threading.Lock()
         self.ended = threading.Event()
         self.sockets = []
+        self.elsewhere = ''
 
     def __enter__(self):
         self.wireserver = self.listen('wireserver')
@@ -102,10 +110,12 @@ class Host:
                 pass
             each.close()
 
-    def listen(self, server):
-        """Open a server on a port of its own; without a name, one that refuses every connection."""
+    def listen(self, server, address=('127.0.0.1', 0)):
+        """Open a server, on a port of its own; without a name, one that refuses every connection."""
         listener = socket.socket()
-        listener.bind(('127.0.0.1', 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.IPPROTO_IP, 15, 1)  # IP_FREEBIND: the address may come later
+        listener.bind(address)
         self.sockets.append(listener)
         if server:
             listener.listen(64)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import traceback
 
-from host import Answer, Host, loopback_only
+from host import Answer, Host, children, loopback_only
 from run import OURS, TESTS, command_line
 
 DOCUMENT = (TESTS / 'cases' / 'goal-states' / 'must-platform' / 'goalstate.body').read_bytes()
@@ -53,12 +53,6 @@ def ended_by(number, program):
         stdout, stderr = process.communicate(timeout=20)
     assert process.returncode in (-number, 128 + number), process.returncode  # a shell says the latter
     assert (stdout, stderr) == ('Retrieving goal state from the Wireserver\n', ''), (stdout, stderr)
-
-
-def children(pid):
-    with open('/proc/%d/task/%d/children' % (pid, pid)) as found:
-        pids = [int(each) for each in found.read().split()]
-    return pids + [each for child in pids for each in children(child)]
 
 
 def sigterm(program):

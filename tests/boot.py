@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
-"""First boots with a real systemd: python3 tests/boot.py [--tree TREE] [--drop-in FILE] [PROGRAM]...
+"""First boots with a real systemd: python3 tests/boot.py [--tree TREE] [PROGRAM]...
 
-Each check boots a system in which `make install` has put a PROGRAM, py or sh, without one first the one, then the
-other. systemd runs as PID 1 in namespaces (tests/container), on an overlay over TREE, this machine's own / without
+Each check boots a system in which `make install` has put a PROGRAM, py or sh; without one, both are held. systemd runs as PID 1 in namespaces (tests/container), on an overlay over TREE, this machine's own / without
 --tree; the Azure host has the addresses it has in Azure, on the lo of a network namespace without a link.
 Prints a line a check, in TAP, and what was measured as comments. Exit status: 0 all passed or were skipped, 1.
 Needs root, systemd and iproute2.
@@ -13,9 +12,11 @@ import os
 import pathlib
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -23,7 +24,7 @@ import traceback
 from host import Answer, Host, children
 from run import TESTS, Case
 
-AZURE = {'wireserver': '168.63.129.16', 'imds': '169.254.169.254'}
+ADDRESSES = {'wireserver': '168.63.129.16', 'imds': '169.254.169.254', 'elsewhere': '192.0.2.1'}
 GOOD = {
     'goalstate': [Answer('body', (TESTS / 'cases/goal-states/must-platform/goalstate.body').read_bytes())],
     'health': [Answer('http', b'HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n')],
@@ -41,8 +42,17 @@ ExecStart=/bin/sleep 2
 [Install]
 WantedBy=network.target
 """  # a network card that gets its lease late, as ifupdown waits for one
+PROBE = """[Service]
+Type=oneshot
+ExecStart=/bin/sh /azure-provisioning-tests/probe {} {}
+StandardOutput=append:/dev/console
+{}
+[Install]
+WantedBy=multi-user.target
+"""
 GOOD_RUN = Case(TESTS / 'cases/runs/must-default').expected[0]['stdout'].splitlines()
 LIMIT = 60  # seconds for a boot
+UNSHARE = ['unshare', '--net', '--mount', '--propagation', 'private']
 
 
 class Azure(Host):
@@ -53,9 +63,9 @@ class Azure(Host):
         self.away = away
 
     def __enter__(self):
-        for server in AZURE:
+        for server in ADDRESSES:
             if server not in self.away:
-                self.listen(server, (AZURE[server], 80))
+                self.listen(server, (ADDRESSES[server], 80))
         return self
 
     def posts(self):
@@ -64,7 +74,7 @@ class Azure(Host):
 
 def network(change):
     """Put Azure's addresses on lo, or take them away: 'add', 'del'."""
-    for address in AZURE.values():
+    for address in ADDRESSES.values():
         subprocess.run(['ip', 'address', change, address + '/32', 'dev', 'lo'], check=change == 'add',
                        stderr=subprocess.DEVNULL)
 
@@ -89,9 +99,8 @@ class Machine:
         shutil.copytree(str(TESTS / 'image'), str(self.upper / 'azure-provisioning-tests'))
         for unit in self.upper.glob('azure-provisioning-tests/*.service'):
             unit.rename(self.units / unit.name)
-        for name, text in (('given', options.drop_in), ('check', drop_in)):
-            if text:
-                self.write('etc/systemd/system/azure-provisioning.service.d/%s.conf' % name, text)
+        if drop_in:
+            self.write('etc/systemd/system/azure-provisioning.service.d/tests.conf', drop_in)
         self.enable('azure-provisioning', 'report', 'never')
 
     def write(self, path, text, mode=0o644):
@@ -103,6 +112,9 @@ class Machine:
     def enable(self, *units):
         subprocess.run(['systemctl', '-q', '--root=%s' % self.upper, 'enable'] + [unit + '.service' for unit in units],
                        check=True)
+
+    def mask(self, *units):
+        subprocess.run(['systemctl', '-q', '--root=%s' % self.upper, 'mask'] + list(units), check=True)
 
     def enabled(self):
         return (self.units / 'multi-user.target.wants/azure-provisioning.service').is_symlink()
@@ -133,6 +145,13 @@ def read_report(console):
         name, _, value = line.strip().partition('=')
         report[name].append(value)
     return report
+
+
+def from_readme(words):
+    """The example in the README that has these words."""
+    examples = re.findall('(?:^    .*\n|^\n(?=    ))+', (TESTS.parent / 'README.md').read_text(), re.MULTILINE)
+    example, = [each for each in examples if words in each]
+    return textwrap.dedent(example)
 
 
 def is_provisioned(report, posts):
@@ -202,7 +221,7 @@ def late_wireserver(machine):
     came = []
 
     def come():
-        host.listen('wireserver', (AZURE['wireserver'], 80))
+        host.listen('wireserver', (ADDRESSES['wireserver'], 80))
         came.append(time.monotonic())
     with Azure(away=['wireserver']) as host:
         threading.Timer(15.5, come).start()
@@ -262,6 +281,59 @@ def power_cut(machine):
         machine.enable('azure-provisioning')
 
 
+def sandbox(machine):
+    """Each line of the unit's sandbox refuses, alone, what it is there for, and all together refuse all of it."""
+    machine.write('usr/lib/modules/probe', '')
+    machine.write('etc/tmpfiles.d/probe.conf', 'f /tmp/probe\n')
+    lines = [line for line in (machine.units / 'azure-provisioning.service').read_text().partition('# The sandbox')[2]
+             .partition('[Install]')[0].splitlines() if re.match('[A-Z][A-Za-z]*=', line)]
+    scopes = {'without': [], 'whole': lines}
+    probes = [line.split()[0] for line in (TESTS / 'image/probes').read_text().splitlines() if line[0] != '#']
+    names = {each.strip('+').partition(',')[0] for each in probes}
+    assert names == {line.partition('=')[0] for line in lines}, names
+    for probe in probes:
+        scopes[probe] = [line for line in lines if line.partition('=')[0] in probe.strip('+').split(',')]
+    for number, (scope, lines) in enumerate(scopes.items()):
+        machine.write('etc/systemd/system/probe-%d.service' % number, PROBE.format(
+            scope, scope if scope in probes else '', '\n'.join(lines)))
+        machine.enable('probe-%d' % number)
+    with Azure():
+        report = machine.boot()
+    for probe in probes:
+        if report['without:' + probe] != ['allowed']:
+            measure('not shown here: %s', probe)
+        wanted = 'allowed' if probe[0] == '+' else 'refused'
+        expect(report, {'whole:' + probe: wanted, '%s:%s' % (probe, probe): wanted})
+
+
+def no_bus(machine):
+    """Without D-Bus the hostname cannot be set: the unit fails and says so."""
+    machine.mask('dbus.socket', 'dbus.service')
+    with Azure():
+        has_failed(machine.boot(), 'hostname: cannot write /etc/hostname')
+
+
+def no_bus_drop_in(machine):
+    """Without D-Bus, the README's drop-in has the hostname set, and the unit disabled."""
+    machine.mask('dbus.socket', 'dbus.service')
+    with Azure() as host:
+        is_provisioned(machine.boot(), host.posts())
+
+
+no_bus_drop_in.drop_in = from_readme('CAP_SYS_ADMIN')
+
+
+def other_steps(machine):
+    """The README's drop-in for other steps has just these run."""
+    with Azure() as host:
+        report = machine.boot()
+        assert len(host.requests) == 2, host.requests
+    expect(report, {'enabled': 'disabled', 'static-hostname': 'image'})
+
+
+other_steps.drop_in = from_readme('ready disable')
+
+
 def moment(report, unit):
     """When a unit became active, as time.monotonic() tells the time; 0 if it did not."""
     return int(report[unit + ':ActiveEnterTimestampMonotonic'][0]) / 1e6
@@ -271,38 +343,63 @@ def measure(text, value):
     print('# ' + text % value)
 
 
-CHECKS = [first_boot, late_network, late_wireserver, no_wireserver, no_imds, power_cut]
+CHECKS = [first_boot, late_network, late_wireserver, no_wireserver, no_imds, power_cut, sandbox, no_bus, no_bus_drop_in,
+          other_steps]
 
 
-class Skipped(Exception):
-    """A check that this machine does not allow."""
+def why_not(options):
+    """Why no boot can be tried here, or ''."""
+    if os.getuid() != 0:
+        return 'not root'
+    for needed in 'unshare', 'setpriv', 'ip', options.tree + '/lib/systemd/systemd':
+        if not shutil.which(needed):
+            return 'no ' + needed
+    with tempfile.TemporaryDirectory() as scratch:
+        mounts = 'mount -t tmpfs none %s && cd %s && mkdir a b c && mount -t cgroup2 none a && mkdir a/$$ && ' \
+            'rmdir a/$$ && mount -t overlay -o lowerdir=%s,upperdir=b,workdir=c none b' % (scratch, scratch, options.tree)
+        tried = subprocess.run(UNSHARE + ['sh', '-c', mounts], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               universal_newlines=True)
+        return 'no namespaces: ' + tried.stdout.replace('\n', ' ') if tried.returncode else ''
+
+
+def checks(program, options):
+    """Run the checks for a program, in a network of our own."""
+    assert {name for _, name in socket.if_nameindex()} == {'lo'}, 'a network with a link'
+    subprocess.run(['mount', '-t', 'tmpfs', 'tmpfs', options.scratch], check=True)  # an overlay wants it so
+    for check in CHECKS:
+        network('del')
+        network('add')
+        try:
+            check(Machine(program, options, getattr(check, 'drop_in', '')))
+            print('ok %s: %s' % (program, check.__doc__))
+        except Exception:  # whatever went wrong, the other checks are to run
+            print('not ok %s: %s' % (program, check.__doc__))
+            print('# ' + traceback.format_exc().strip().replace('\n', '\n# '))
+        sys.stdout.flush()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--tree', default='/')
-    parser.add_argument('--drop-in', type=lambda path: pathlib.Path(path).read_text())
-    parser.add_argument('--only', default='')
-    parser.add_argument('programs', nargs='*', metavar='PROGRAM')
+    parser.add_argument('--inside', dest='scratch', help=argparse.SUPPRESS)
+    parser.add_argument('programs', nargs='*', default=['py', 'sh'], metavar='PROGRAM')
     options = parser.parse_args()
-    if os.environ.get('BOOT_INSIDE') != 'yes':
-        os.environ['BOOT_INSIDE'] = 'yes'
-        os.execvp('unshare', ['unshare', '--net', '--mount', '--propagation', 'private', sys.executable] + sys.argv)
-    options.scratch = tempfile.mkdtemp()
-    subprocess.run(['mount', '-t', 'tmpfs', 'tmpfs', options.scratch], check=True)
-    for program in options.programs or ['py', 'sh']:
-        for check in CHECKS:
-            if options.only not in check.__name__: continue
-            network('del')
-            network('add')
-            try:
-                t = time.monotonic()
-                check(Machine(program, options, getattr(check, 'drop_in', '')))
-                print('ok %s: %s %.1f' % (program, check.__doc__, time.monotonic() - t))
-            except Exception:
-                print('not ok %s: %s' % (program, check.__doc__))
-                print('# ' + traceback.format_exc().strip().replace('\n', '\n# '))
-            sys.stdout.flush()
+    if options.scratch:
+        return checks(options.programs[0], options)
+    print('1..%d' % (len(CHECKS) * len(options.programs)))
+    reason = why_not(options)
+    if reason:
+        for program in options.programs:
+            for check in CHECKS:
+                print('ok %s: %s # skip %s' % (program, check.__doc__, reason))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        runs = [subprocess.Popen(UNSHARE + [sys.executable, __file__, '--tree', options.tree, '--inside', scratch,
+                                            program], stdout=subprocess.PIPE, universal_newlines=True)
+                for program in options.programs]
+        said = [run.communicate()[0] for run in runs]
+    print(''.join(said), end='')
+    sys.exit(1 if any(run.returncode for run in runs) or 'not ok' in ''.join(said) else 0)
 
 
 if __name__ == '__main__':

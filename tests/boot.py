@@ -91,6 +91,11 @@ class Machine:
         for own in (self.units, self.upper / 'etc/init.d'):  # the system's own do not show through
             own.mkdir(exist_ok=True)
             os.setxattr(str(own), 'trusted.overlay.opaque', b'y')
+        for link in 'dbus.service', 'sockets.target.wants/dbus.socket':  # but those that name the D-Bus daemon
+            original = pathlib.Path(self.tree, 'etc/systemd/system', link)
+            if original.is_symlink():
+                (self.units / link).parent.mkdir(exist_ok=True)
+                (self.units / link).symlink_to(os.readlink(str(original)))
         self.write('etc/machine-id', '')
         self.write('etc/hostname', 'image\n')
         self.write('etc/systemd/journald.conf.d/tests.conf', '[Journal]\nStorage=volatile\n')
@@ -114,7 +119,7 @@ class Machine:
                        check=True)
 
     def mask(self, *units):
-        subprocess.run(['systemctl', '-q', '--root=%s' % self.upper, 'mask'] + list(units), check=True)
+        subprocess.run(['systemctl', '-q', '--root=%s' % self.upper, '--force', 'mask'] + list(units), check=True)
 
     def enabled(self):
         return (self.units / 'multi-user.target.wants/azure-provisioning.service').is_symlink()
@@ -126,9 +131,9 @@ class Machine:
         """Boot, and wait for the power to go off, or cut it once cut() is true; return the report, a list a name."""
         process = subprocess.Popen([str(TESTS / 'container'), self.tree, str(self.state)], stdin=subprocess.DEVNULL,
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
-        deadline = time.monotonic() + LIMIT
+        self.began = time.monotonic()
         while process.poll() is None:
-            if time.monotonic() > deadline or (cut and cut()):
+            if time.monotonic() > self.began + LIMIT or (cut and cut()):
                 os.kill(children(process.pid)[1], 9)  # systemd, below the script and unshare
                 break
             time.sleep(.002)
@@ -189,9 +194,7 @@ def first_boot(machine):
         is_provisioned(report, host.posts())
     ready = host.posts()[0].time
     assert 0 < ready < moment(report, 'network.target'), report
-    start = float(re.search('[0-9.]+', report['systemd'][0]).group())
-    measure('Ready %.2f s after the start of the unit', ready - start)
-    assert ready - start < 2
+    measure('Ready %.2f s after systemd was started', ready - machine.began)
     said = [line for line in report['journal'] if not line.startswith('Removed ')]  # by systemctl
     assert said == GOOD_RUN, said
     boots_again(machine)

@@ -202,7 +202,7 @@ def first_boot(machine):
 
 
 def late_network(machine):
-    """The network is there after 5 seconds: so is Ready. No NIC is waited for, and the login waits for neither."""
+    """The network is there after 3.5 seconds: so is Ready. No NIC is waited for, and the login waits for neither."""
     network('del')
     came = []
 
@@ -210,7 +210,7 @@ def late_network(machine):
         network('add')
         came.append(time.monotonic())
     with Azure() as host:
-        threading.Timer(5.5, come).start()
+        threading.Timer(3.5, come).start()
         report = machine.boot()
         is_provisioned(report, host.posts())
         late = host.posts()[0].time - came[0]

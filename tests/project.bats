@@ -12,7 +12,8 @@ setup() {
 }
 
 @test "the shell of the tests is clean" {
-    shellcheck tests/test tests/stand-ins/hostnamectl .ci/run
+    shellcheck tests/test tests/stand-ins/hostnamectl tests/container tests/image/report tests/image/probe \
+        tests/image/openrc .ci/run
     shellcheck --shell=bats tests/project.bats
 }
 
@@ -97,6 +98,17 @@ setup() {
     echo Nonsense=1 >>"$scratch/tree/etc/systemd/system/azure-provisioning.service"
     run --separate-stderr systemd-analyze verify --man=no --root="$scratch/tree" azure-provisioning.service
     [ -n "$stderr" ]
+}
+
+@test "the unit's sandbox scores 1.5 or better" {
+    command -v systemd-analyze || skip 'no systemd-analyze'
+    systemd-analyze security --help | grep -q -e --threshold || skip 'systemd-analyze cannot score a file'
+    score() { systemd-analyze security --no-pager --offline=true --threshold=15 "$1"; }
+    score ./azure-provisioning.service
+    # and it would have failed
+    grep -v '^CapabilityBoundingSet=' azure-provisioning.service >"$scratch/azure-provisioning.service"
+    run score "$scratch/azure-provisioning.service"
+    [ "$status" -ne 0 ]
 }
 
 @test "the runner refuses a base URL that is not on loopback" {

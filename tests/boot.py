@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """First boots with a real systemd: python3 tests/boot.py [--tree TREE [--openrc]] [PROGRAM]...
 
-Each check boots a system in which `make install` has put a PROGRAM, py or sh; without one, both are held. systemd runs as PID 1 in namespaces (tests/container), on an overlay over TREE, this machine's own / without
---tree; the Azure host has the addresses it has in Azure, on the lo of a network namespace without a link.
+Each check boots a system in which `make install` has put a PROGRAM, py or sh; without one, both are held. systemd
+runs as PID 1 in namespaces (tests/container), on an overlay over TREE, without one over this machine's own /. The Azure
+host has the addresses it has in Azure, on the lo of a network namespace without a link.
 Prints a line a check, in TAP, and what was measured as comments. Exit status: 0 all passed or were skipped, 1.
 Needs root, systemd and iproute2.
 """
@@ -19,10 +20,10 @@ import tempfile
 import textwrap
 import threading
 import time
-import traceback
 
 from host import Answer, Host, children
 from run import TESTS, Case
+from tap import measured, tell
 
 ADDRESSES = {'wireserver': '168.63.129.16', 'imds': '169.254.169.254', 'elsewhere': '192.0.2.1'}
 GOOD = {
@@ -89,10 +90,10 @@ class Machine:
         self.upper = self.state / 'upper'
         self.units = self.upper / 'etc/systemd/system'
         self.units.mkdir(parents=True)
-        for own in (self.units, self.upper / 'etc/init.d', self.upper / 'etc/runlevels'):  # the system's own do not show through
+        for own in self.units, self.upper / 'etc/init.d', self.upper / 'etc/runlevels':  # hide those of the tree
             own.mkdir(exist_ok=True)
             os.setxattr(str(own), 'trusted.overlay.opaque', b'y')
-        for link in 'dbus.service', 'sockets.target.wants/dbus.socket':  # but those that name the D-Bus daemon
+        for link in 'dbus.service', 'sockets.target.wants/dbus.socket':  # but not which D-Bus daemon it has
             original = pathlib.Path(self.tree, 'etc/systemd/system', link)
             if original.is_symlink():
                 (self.units / link).parent.mkdir(exist_ok=True)
@@ -195,7 +196,7 @@ def first_boot(machine):
         is_provisioned(report, host.posts())
     ready = host.posts()[0].time
     assert 0 < ready < moment(report, 'network.target'), report
-    measure('Ready %.2f s after systemd was started', ready - machine.began)
+    measured('Ready %.2f s after systemd was started', ready - machine.began)
     said = [line for line in report['journal'] if not line.startswith('Removed ')]  # by systemctl
     assert said == GOOD_RUN, said
     boots_again(machine)
@@ -214,7 +215,7 @@ def late_network(machine):
         report = machine.boot()
         is_provisioned(report, host.posts())
         late = host.posts()[0].time - came[0]
-    measure('Ready %.2f s after the network', late)
+    measured('Ready %.2f s after the network', late)
     assert late < 2, late
     expect(report, {'network-online.target:ActiveState': 'inactive', 'getty.target:ActiveState': 'active'})
     assert 0 < moment(report, 'multi-user.target') < came[0], report
@@ -232,7 +233,7 @@ def late_wireserver(machine):
         report = machine.boot()
         is_provisioned(report, host.posts())
         late = host.posts()[0].time - came[0]
-    measure('Ready %.2f s after the WireServer', late)
+    measured('Ready %.2f s after the WireServer', late)
     assert late < 2, late
     boots_again(machine)
 
@@ -305,7 +306,7 @@ def sandbox(machine):
         report = machine.boot()
     for probe in probes:
         if report['without:' + probe] != ['allowed']:
-            measure('not shown here: %s', probe)
+            measured('not shown here: %s', probe)
         wanted = 'allowed' if probe[0] == '+' else 'refused'
         expect(report, {'whole:' + probe: wanted, '%s:%s' % (probe, probe): wanted})
 
@@ -343,12 +344,9 @@ def moment(report, unit):
     return int(report[unit + ':ActiveEnterTimestampMonotonic'][0]) / 1e6
 
 
-def measure(text, value):
-    print('# ' + text % value)
-
 
 def openrc(machine):
-    """With OpenRC and the README's service, Ready is reported, the hostname set, the service taken from its runlevel."""
+    """With OpenRC and the README's service, Ready is reported, the hostname set, the service taken from default."""
     machine.write('etc/init.d/azure-provisioning', from_readme('openrc-run'), 0o755)
     for runlevel in 'sysinit', 'boot', 'default':
         (machine.upper / 'etc/runlevels' / runlevel).mkdir()
@@ -371,31 +369,32 @@ def why_not(options):
     """Why no boot can be tried here, or ''."""
     if os.getuid() != 0:
         return 'not root'
-    for needed in 'unshare', 'setpriv', 'ip', options.tree + ('/sbin/openrc' if options.openrc else '/lib/systemd/systemd'):
+    init = options.tree + ('/sbin/openrc' if options.openrc else '/lib/systemd/systemd')
+    for needed in 'unshare', 'setpriv', 'ip', 'systemctl', init:
         if not shutil.which(needed):
             return 'no ' + needed
     with tempfile.TemporaryDirectory() as scratch:
-        mounts = 'mount -t tmpfs none %s && cd %s && mkdir a b c && mount -t cgroup2 none a && mkdir a/$$ && ' \
-            'rmdir a/$$ && mount -t overlay -o lowerdir=%s,upperdir=b,workdir=c none b' % (scratch, scratch, options.tree)
-        tried = subprocess.run(UNSHARE + ['sh', '-c', mounts], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               universal_newlines=True)
+        mounts = """
+            mount -t tmpfs none "$1" && cd "$1" && mkdir a b c && mount -t cgroup2 none a && mkdir a/$$ && rmdir a/$$ &&
+            mount -t overlay -o "lowerdir=$2,upperdir=b,workdir=c" none b"""
+        tried = subprocess.run(UNSHARE + ['sh', '-c', mounts, 'sh', scratch, options.tree], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, universal_newlines=True)
         return 'no namespaces: ' + tried.stdout.replace('\n', ' ') if tried.returncode else ''
 
 
-def checks(program, options):
-    """Run the checks for a program, in a network of our own."""
+def inside(program, options):
+    """Run the checks for a program, in a network of our own; return the exit status."""
     assert {name for _, name in socket.if_nameindex()} == {'lo'}, 'a network with a link'
     subprocess.run(['mount', '-t', 'tmpfs', 'tmpfs', options.scratch], check=True)  # an overlay wants it so
-    for check in options.checks:
-        network('del')
-        network('add')
-        try:
-            check(Machine(program, options, getattr(check, 'drop_in', '')))
-            print('ok %s: %s' % (program, check.__doc__))
-        except Exception:  # whatever went wrong, the other checks are to run
-            print('not ok %s: %s' % (program, check.__doc__))
-            print('# ' + traceback.format_exc().strip().replace('\n', '\n# '))
-        sys.stdout.flush()
+    passed = [tell('%s: %s' % (program, check.__doc__), hold, check, program, options) for check in options.checks]
+    return 0 if all(passed) else 1
+
+
+def hold(check, program, options):
+    """Hold a new machine with the program against a check, with the network there."""
+    network('del')
+    network('add')
+    check(Machine(program, options, getattr(check, 'drop_in', '')))
 
 
 def main():
@@ -407,7 +406,7 @@ def main():
     options = parser.parse_args()
     options.checks = [openrc] if options.openrc else CHECKS
     if options.scratch:
-        return checks(options.programs[0], options)
+        sys.exit(inside(options.programs[0], options))
     print('1..%d' % (len(options.checks) * len(options.programs)), flush=True)
     reason = why_not(options)
     if reason:
@@ -420,9 +419,9 @@ def main():
         again += ['--openrc'] * options.openrc
         runs = [subprocess.Popen(again + [program], stdout=subprocess.PIPE, universal_newlines=True)
                 for program in options.programs]  # side by side, as most of the time is spent waiting
-        said = ''.join(run.communicate()[0] for run in runs)
-    print(said, end='')
-    sys.exit(1 if any(run.returncode for run in runs) or 'not ok' in said else 0)
+        for run in runs:
+            print(run.communicate()[0], end='')
+    sys.exit(1 if any(run.returncode for run in runs) else 0)
 
 
 if __name__ == '__main__':

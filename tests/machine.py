@@ -11,10 +11,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-import traceback
 
 from host import Answer, Host, children, loopback_only
 from run import OURS, TESTS, command_line
+from tap import Skipped, tell
 
 DOCUMENT = (TESTS / 'cases' / 'goal-states' / 'must-platform' / 'goalstate.body').read_bytes()
 TAKEN = Answer('http', b'HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n')
@@ -108,10 +108,6 @@ def full_etc(program):
     assert did == (1, 'hostname: cannot write /etc/hostname\n', 'old old 644 full hostname\n'), did
 
 
-class Skipped(Exception):
-    """A check that this machine does not allow."""
-
-
 def on_scratch_etc(program, prepare):
     """Run the hostname step where hostnamectl fails; return what came of it."""
     unshare = ['unshare', '--mount', '--uts', '--propagation', 'private'] + ['--map-root-user'] * (os.getuid() != 0)
@@ -141,23 +137,11 @@ CHECKS = [cut_at_every_byte, sigterm, sigint, nobody_listens, closed_stderr, wit
 def main():
     loopback_only()
     programs = sys.argv[1:] or OURS
-    name, failed, number = socket.gethostname(), 0, 0
+    name = socket.gethostname()
     print('1..%d' % (len(CHECKS) * len(programs)))
-    for program in programs:
-        for check in CHECKS:
-            number += 1
-            try:
-                check(program)
-                print('ok %d %s: %s' % (number, program, check.__doc__))
-            except Skipped as reason:
-                print('ok %d %s: %s # skip %s' % (number, program, check.__doc__, reason))
-            except Exception:  # whatever went wrong, the other checks are to run
-                failed += 1
-                print('not ok %d %s: %s' % (number, program, check.__doc__))
-                print('# ' + traceback.format_exc().strip().replace('\n', '\n# '))
-            sys.stdout.flush()
+    passed = [tell('%s: %s' % (program, check.__doc__), check, program) for program in programs for check in CHECKS]
     assert socket.gethostname() == name, 'the tests changed the name of this machine'
-    sys.exit(1 if failed else 0)
+    sys.exit(0 if all(passed) else 1)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-# make demo | test | conformance IMPL='./my-port' | fuzz SEED=2 N=20000 | install IMPL=py|sh | uninstall
+# make demo | test | boot-test | conformance IMPL='./my-port' | fuzz SEED=2 N=20000 | install IMPL=py|sh | uninstall
 
 PREFIX ?= /usr/local
 UNITDIR ?= /etc/systemd/system
@@ -16,6 +16,9 @@ demo:
 test:
 	@tests/test
 
+boot-test:
+	@tests/test boot
+
 conformance:
 	@python3 tests/run.py $(if $(IMPL),'$(IMPL)')
 
@@ -32,4 +35,4 @@ install:
 uninstall:
 	rm -f '$(PROGRAM)' '$(UNIT)'
 
-.PHONY: demo test conformance fuzz install uninstall
+.PHONY: demo test boot-test conformance fuzz install uninstall

@@ -12,7 +12,8 @@ setup() {
 }
 
 @test "the shell of the tests is clean" {
-    shellcheck tests/test tests/stand-ins/hostnamectl .ci/run
+    shellcheck tests/test tests/tree tests/busybox/azure-host tests/busybox/report \
+        tests/stand-ins/hostnamectl .ci/run
     shellcheck --shell=bats tests/project.bats
 }
 

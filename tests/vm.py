@@ -183,6 +183,7 @@ def main():
                     raise Skipped('not root')
                 have(QEMU[0], '--version')
                 check(program, options.tree)
+                measure('it took %.0f s', time.monotonic() - start)
                 print('ok %s: %s' % (program, check.__doc__))
             except Skipped as reason:
                 print('ok %s: %s # skip %s' % (program, check.__doc__, reason))
@@ -190,7 +191,6 @@ def main():
                 failed = True
                 print('not ok %s: %s' % (program, check.__doc__))
                 print('# ' + traceback.format_exc().strip().replace('\n', '\n# '))
-            measure('it took %.0f s', time.monotonic() - start)
             sys.stdout.flush()
     sys.exit(1 if failed else 0)
 

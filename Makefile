@@ -1,4 +1,4 @@
-# make demo | test | conformance IMPL='./my-port' | fuzz SEED=2 N=20000 | install IMPL=py|sh | uninstall
+# make demo | test | boot-test | conformance IMPL='./my-port' | fuzz SEED=2 N=20000 | install IMPL=py|sh | uninstall
 
 PREFIX ?= /usr/local
 UNITDIR ?= /etc/systemd/system
@@ -6,6 +6,7 @@ DESTDIR ?=
 IMPL ?=
 SEED ?= 1
 N ?= 400
+PARTS ?= main
 
 PROGRAM = $(DESTDIR)$(PREFIX)/sbin/azure-provisioning
 UNIT = $(DESTDIR)$(UNITDIR)/azure-provisioning.service
@@ -14,7 +15,10 @@ demo:
 	@python3 tests/demo.py $(if $(IMPL),'$(IMPL)')
 
 test:
-	@tests/test
+	@tests/test $(PARTS)
+
+boot-test:
+	@tests/test boot
 
 conformance:
 	@python3 tests/run.py $(if $(IMPL),'$(IMPL)')
@@ -32,4 +36,4 @@ install:
 uninstall:
 	rm -f '$(PROGRAM)' '$(UNIT)'
 
-.PHONY: demo test conformance fuzz install uninstall
+.PHONY: demo test boot-test conformance fuzz install uninstall

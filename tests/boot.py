@@ -21,17 +21,10 @@ import textwrap
 import threading
 import time
 
-from host import Answer, Host, children
+from host import ADDRESSES, GOOD, Answer, Azure, children, network
 from run import TESTS, Case
 from tap import measured, tell
 
-ADDRESSES = {'wireserver': '168.63.129.16', 'imds': '169.254.169.254', 'elsewhere': '192.0.2.1'}
-GOOD = {
-    'goalstate': [Answer('body', (TESTS / 'cases/goal-states/must-platform/goalstate.body').read_bytes())],
-    'health': [Answer('http', b'HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n')],
-    'computerName': [Answer('body', b'web-1')],
-    'name': [Answer('body', b'vm_0')],
-}
 SILENT = [Answer('fault', 'silent')]
 FEW = '[Service]\nEnvironment=AZURE_PROVISIONING_ATTEMPTS=3\n'  # attempts, so that a failure does not take 20 minutes
 BLOCK = '#!/bin/sh\nexec sleep 60\n'  # in the place of a command
@@ -43,10 +36,12 @@ ExecStart=/bin/sleep 2
 [Install]
 WantedBy=network.target
 """  # a network card that gets its lease late, as ifupdown waits for one
-PROBE = """[Service]
+PROBE = """[Unit]
+After=azure-host.service
+[Service]
 Type=oneshot
 ExecStart=/bin/sh /azure-provisioning-tests/probe {} {}
-StandardOutput=append:/dev/console
+SyslogIdentifier=probe
 {}
 [Install]
 WantedBy=multi-user.target
@@ -54,31 +49,6 @@ WantedBy=multi-user.target
 GOOD_RUN = Case(TESTS / 'cases/runs/must-default').expected[0]['stdout'].splitlines()
 LIMIT = 60  # seconds for a boot
 UNSHARE = ['unshare', '--net', '--mount', '--propagation', 'private']
-
-
-class Azure(Host):
-    """The host, at the addresses that it has in Azure, as far as they are on this machine's lo."""
-
-    def __init__(self, answers=GOOD, away=()):
-        super().__init__(answers)
-        self.away = away
-
-    def __enter__(self):
-        for server in ADDRESSES:
-            if server not in self.away:
-                self.listen(server, (ADDRESSES[server], 80))
-        return self
-
-    def posts(self):
-        return [request for request in self.requests if request.body]
-
-
-def network(change):
-    """Put Azure's addresses on lo, or take them away: 'add', 'del'."""
-    subprocess.run(['ip', 'link', 'set', 'lo', 'up'], check=True)
-    for address in ADDRESSES.values():
-        subprocess.run(['ip', 'address', change, address + '/32', 'dev', 'lo'], check=change == 'add',
-                       stderr=subprocess.DEVNULL)
 
 
 class Machine:

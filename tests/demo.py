@@ -10,10 +10,8 @@ import subprocess
 import sys
 import tempfile
 
-from host import Answer, Host, loopback_only
+from host import GOOD, Answer, Host, loopback_only
 from run import OURS, TESTS, command_line
-
-CASE = TESTS / 'cases' / 'goal-states' / 'must-platform'
 
 
 def show(title, text):
@@ -24,11 +22,7 @@ def show(title, text):
 
 def first_boot(program):
     """Run the program as its first boot would; print what happened; return its exit status."""
-    answers = {
-        'goalstate': [Answer('body', (CASE / 'goalstate.body').read_bytes())],
-        'health': [Answer('http', b'HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n')],
-        'computerName': [Answer('body', b'thstringnopa2')],
-    }
+    answers = dict(GOOD, computerName=[Answer('body', b'thstringnopa2')])
     with Host(answers) as host, tempfile.NamedTemporaryFile() as commands:
         environment = dict(os.environ, PATH='%s:%s' % (TESTS / 'stand-ins', os.environ['PATH']), COMMANDS=commands.name,
                            AZURE_PROVISIONING_WIRESERVER=host.wireserver, AZURE_PROVISIONING_IMDS=host.imds)

@@ -14,14 +14,13 @@ import subprocess
 import sys
 import xml.etree.ElementTree
 
-from host import Answer, Host, loopback_only
+from host import GOOD, Answer, Host, loopback_only
 from run import OURS
 
 BATCH = 400  # documents for one run of a script
 PATHS = ('Incarnation', 'Container/ContainerId', 'Container/RoleInstanceList/RoleInstance/InstanceId')
 FIT = ('[0-9]+', '[!#-%(-;=?-~]+', '[!#-%(-;=?-~]+')
 ID = [chr(code) for code in range(33, 127) if chr(code) not in '<>&"\'']
-TAKEN = Answer('http', b'HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n')
 WORDS = ['x', ' ', '\n', '\t', '"', "'", '>', '-', '=', '/', '/>', '&amp;', '&lt;Incarnation&gt;', 'Incarnation', '99', ']',
          '[', 'é']
 MARKUP = ['<', '</GoalState>', '<Incarnation>99</Incarnation>', '<ContainerId>no</ContainerId>', '<InstanceId>no', '<!',
@@ -174,7 +173,7 @@ def took(script, documents):
     """What the script posted for each of the documents: its three values, or None."""
     outcomes = [None] * len(documents)
     with Host({'goalstate': [Answer('body', data) for data in documents] + [Answer('fault', 'silent')],
-               'health': [TAKEN]}) as host:
+               'health': GOOD['health']}) as host:
         process = subprocess.Popen([script] + ['ready'] * len(documents), stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL,
                                    env={'PATH': '/usr/bin:/bin', 'AZURE_PROVISIONING_WIRESERVER': host.wireserver,

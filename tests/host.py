@@ -9,6 +9,7 @@ Everything is bound to 127.0.0.1 on ports the kernel picks, and serves until the
 import collections
 import fcntl
 import os
+import pathlib
 import re
 import shutil
 import socket
@@ -18,6 +19,7 @@ import sys
 import threading
 import time
 
+CASES = pathlib.Path(__file__).resolve().parent / 'cases'
 ENDPOINTS = {  # what is asked for -> the request line, but for the path of a base URL
     'goalstate': 'GET /machine?comp=goalstate',
     'health': 'POST /machine?comp=health',
@@ -32,6 +34,14 @@ MOST = 64 << 20  # bytes that an endless reply sends, should nobody hang up
 # 'fault', a word of FAULTS
 Answer = collections.namedtuple('Answer', 'kind data')
 Request = collections.namedtuple('Request', 'line headers body time server')
+
+GOOD = {  # what Azure answers on a good day
+    'goalstate': [Answer('body', (CASES / 'goal-states/must-platform/goalstate.body').read_bytes())],
+    'health': [Answer('http', b'HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n')],
+    'computerName': [Answer('body', b'web-1')],
+    'name': [Answer('body', b'vm_0')],
+}
+ADDRESSES = {'wireserver': '168.63.129.16', 'imds': '169.254.169.254', 'elsewhere': '192.0.2.1'}
 
 
 def loopback_only():
@@ -215,3 +225,28 @@ class Host:
             connection.sendall(head + extra + b'\r\n')
             for _ in range(MOST // len(block)):
                 connection.sendall(block)
+
+
+class Azure(Host):
+    """The host, at the addresses that it has in Azure, as far as they are on this machine's lo."""
+
+    def __init__(self, answers=GOOD, away=()):
+        super().__init__(answers)
+        self.away = away
+
+    def __enter__(self):
+        for server in ADDRESSES:
+            if server not in self.away:
+                self.listen(server, (ADDRESSES[server], 80))
+        return self
+
+    def posts(self):
+        return [request for request in self.requests if request.body]
+
+
+def network(change):
+    """Put Azure's addresses on lo, or take them away: 'add', 'del'."""
+    subprocess.run(['ip', 'link', 'set', 'lo', 'up'], check=True)
+    for address in ADDRESSES.values():
+        subprocess.run(['ip', 'address', change, address + '/32', 'dev', 'lo'], check=change == 'add',
+                       stderr=subprocess.DEVNULL)

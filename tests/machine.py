@@ -12,12 +12,11 @@ import subprocess
 import sys
 import tempfile
 
-from host import Answer, Host, children, loopback_only
+from host import GOOD, Answer, Host, children, loopback_only
 from run import OURS, TESTS, command_line
 from tap import Skipped, tell
 
-DOCUMENT = (TESTS / 'cases' / 'goal-states' / 'must-platform' / 'goalstate.body').read_bytes()
-TAKEN = Answer('http', b'HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n')
+DOCUMENT = GOOD['goalstate'][0].data
 
 
 def start(program, host, *steps, stdout=subprocess.PIPE, **settings):
@@ -30,7 +29,7 @@ def start(program, host, *steps, stdout=subprocess.PIPE, **settings):
 def cut_at_every_byte(program):
     """A goal state cut at any byte is refused, and the whole one then taken."""
     prefixes = [DOCUMENT[:length] for length in range(DOCUMENT.rindex(b'>') + 1)]
-    with Host({'goalstate': [Answer('body', each) for each in prefixes + [DOCUMENT]], 'health': [TAKEN]}) as host:
+    with Host(dict(GOOD, goalstate=[Answer('body', each) for each in prefixes + [DOCUMENT]])) as host:
         process = start(program, host, 'ready', AZURE_PROVISIONING_ATTEMPTS=str(len(prefixes) + 1),
                         AZURE_PROVISIONING_INTERVAL='0')
         _, stderr = process.communicate(timeout=300)
@@ -68,7 +67,7 @@ def sigint(program):
 def nobody_listens(program):
     """Ready is reported though nothing that is printed gets anywhere."""
     for redirections in ('>/dev/full 2>/dev/full', '<&- >&- 2>&-', '2>&1'):
-        with Host({'goalstate': [Answer('body', DOCUMENT)], 'health': [TAKEN]}) as host:
+        with Host(GOOD) as host:
             reader, writer = os.pipe()
             os.close(reader)  # nobody reads from it
             process = start("sh -c 'exec \"$@\" %s' sh %s" % (redirections, program), host, 'ready', stdout=writer)
@@ -121,7 +120,7 @@ def on_scratch_etc(program, prepare):
         read -r name </etc/hostname
         echo "$(uname -n) $name $(stat -c %%a /etc/hostname) $(cd /etc && echo *)" >"$REPORT"
         exit $status""" % prepare
-    with Host({'computerName': [Answer('body', b'web-1')]}) as host, tempfile.NamedTemporaryFile('r') as report:
+    with Host(GOOD) as host, tempfile.NamedTemporaryFile('r') as report:
         words = ' '.join(map(shlex.quote, unshare + ['sh', '-c', script, 'sh']))
         process = start(words + ' ' + program, host, 'hostname',
                         FAILING='hostnamectl', REPORT=report.name)

@@ -18,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 
-from boot import GOOD, GOOD_RUN, Machine, expect, is_provisioned, probed, read_report
+from boot import GOOD_RUN, Machine, expect, is_provisioned, probed, read_report
+from host import GOOD
 from run import TESTS, Case
 from tap import Skipped, measured, tell
 
@@ -46,8 +47,8 @@ class Guest(Machine):
         if not self.disk.exists():
             root = self.state / 'root'
             root.mkdir()
-            subprocess.run(['mount', '-t', 'overlay', '-o', 'lowerdir=%s:%s' % (self.upper, self.tree), 'none', str(root)],
-                           check=True)
+            subprocess.run(['mount', '-t', 'overlay', '-o', 'lowerdir=%s:%s' % (self.upper, self.tree), 'none',
+                            str(root)], check=True)
             subprocess.run(['mke2fs', '-q', '-t', 'ext4', '-O', '^has_journal', '-d', str(root), str(self.disk), '1G'],
                            check=True, stdout=subprocess.DEVNULL)
         return boot('root=/dev/nvme0n1 rw', '-drive', DISK % self.disk, '-device', 'nvme,serial=disk,drive=disk')

@@ -119,8 +119,11 @@ def command_line(program):
     return [os.path.abspath(word) if os.path.isfile(word) else word for word in shlex.split(program)]
 
 
-def run(case, program):
-    """Run the program in the case's world; return what it did, by the names of EXPECTED, and the trouble seen."""
+def run(case, program, world):
+    """Run the program in the case's world; return what it did, by the names of EXPECTED, and the trouble seen.
+
+    The world is what the environment has but for the case; PATH is this process's, where the world has none.
+    """
     with Host(case.answers()) as host, tempfile.TemporaryDirectory() as scratch:
         home = pathlib.Path(scratch, 'home')
         home.mkdir()
@@ -129,9 +132,10 @@ def run(case, program):
         before = sorted(home.rglob('*'))
         commands = pathlib.Path(scratch, 'commands')
         commands.touch()
-        environment = {'PATH': '%s:%s' % (TESTS / 'stand-ins', os.environ['PATH']), 'HOME': str(home),
-                       'TMPDIR': str(home), 'COMMANDS': str(commands),
-                       'AZURE_PROVISIONING_WIRESERVER': host.wireserver, 'AZURE_PROVISIONING_IMDS': host.imds}
+        path = world.get('PATH', os.environ['PATH'])
+        environment = dict(world, PATH='%s:%s' % (TESTS / 'stand-ins', path), HOME=str(home), TMPDIR=str(home),
+                           COMMANDS=str(commands), AZURE_PROVISIONING_WIRESERVER=host.wireserver,
+                           AZURE_PROVISIONING_IMDS=host.imds)
         for line in case.text('settings').splitlines():
             name, value = line.split('=', 1)
             for server in ('elsewhere', 'refused', 'wireserver', 'imds'):
@@ -212,9 +216,9 @@ def wrong_headers(requests, strict):
                                                                     sorted(sent.items()))
 
 
-def verdict(case, program, strict):
+def verdict(case, program, strict, world={}):
     """Run one case; return the differences, none if it passed."""
-    did, requests, trouble = run(case, program)
+    did, requests, trouble = run(case, program, world)
     if not strict:
         trouble = [line for line in trouble if not line.startswith('files')]
     ours = strict and case.verdict != 'either'

@@ -1,4 +1,4 @@
-# make demo | test | conformance IMPL='./my-port' | fuzz SEED=2 N=20000 | install IMPL=py|sh | uninstall
+# make demo | test | conformance IMPL='./my-port' | fuzz SEED=2 N=20000 | bench | install IMPL=py|sh | uninstall
 
 PREFIX ?= /usr/local
 UNITDIR ?= /etc/systemd/system
@@ -22,6 +22,9 @@ conformance:
 fuzz:
 	@python3 tests/fuzz.py $(SEED) $(N)
 
+bench:
+	@python3 tests/bench.py
+
 install:
 	@case '$(IMPL)' in py | sh) ;; *) echo 'make install needs IMPL=py or IMPL=sh' >&2; exit 2 ;; esac
 	install -d '$(dir $(PROGRAM))' '$(dir $(UNIT))'
@@ -32,4 +35,4 @@ install:
 uninstall:
 	rm -f '$(PROGRAM)' '$(UNIT)'
 
-.PHONY: demo test conformance fuzz install uninstall
+.PHONY: demo test conformance fuzz bench install uninstall

@@ -12,7 +12,7 @@ setup() {
 }
 
 @test "the shell of the tests is clean" {
-    shellcheck tests/test tests/stand-ins/hostnamectl .ci/run
+    shellcheck tests/test tests/stand-ins/hostnamectl tests/yardsticks/*.sh .ci/run
     shellcheck --shell=bats tests/project.bats
 }
 

@@ -198,7 +198,8 @@ def first_boot():
             target('%s: at most 12 processes' % name, counts[name],
                    counted.said and counts[name] <= 12, gate=bool(counted.said))
             cpu = ratio(runs[name], runs[CURL])
-            target('%s: CPU at most 1.5 times the three curl calls' % name, '%.2f' % cpu, cpu <= 1.5)
+            target('%s: CPU at most 1.5 times the three curl calls' % name, '%.2f' % cpu, cpu <= 1.5,
+                   gate=False)
         elif name in PROGRAMS:
             cpu, memory = (ratio(runs[name], runs[PLAIN], what) for what in ('cpu', 'memory'))
             target('%s: no more CPU than the plain script' % name, '%.2f' % cpu, cpu <= 1)

@@ -1,4 +1,5 @@
-# make demo | test | boot-test | conformance IMPL='./my-port' | fuzz SEED=2 N=20000 | install IMPL=py|sh | uninstall
+# make demo | test | boot-test | test-matrix | conformance IMPL='./my-port' | fuzz SEED=2 N=20000 | bench
+#      install IMPL=py|sh | uninstall
 
 PREFIX ?= /usr/local
 UNITDIR ?= /etc/systemd/system
@@ -20,11 +21,17 @@ test:
 boot-test:
 	@tests/test boot
 
+test-matrix:
+	@tests/test matrix
+
 conformance:
 	@python3 tests/run.py $(if $(IMPL),'$(IMPL)')
 
 fuzz:
 	@python3 tests/fuzz.py $(SEED) $(N)
+
+bench:
+	@python3 tests/bench.py
 
 install:
 	@case '$(IMPL)' in py | sh) ;; *) echo 'make install needs IMPL=py or IMPL=sh' >&2; exit 2 ;; esac
@@ -36,4 +43,4 @@ install:
 uninstall:
 	rm -f '$(PROGRAM)' '$(UNIT)'
 
-.PHONY: demo test boot-test conformance fuzz install uninstall
+.PHONY: demo test boot-test test-matrix conformance fuzz bench install uninstall

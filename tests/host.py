@@ -128,7 +128,7 @@ class Host:
         listener.bind(address)
         self.sockets.append(listener)
         if server:
-            listener.listen(64)
+            listener.listen(1024)  # a fleet may knock at once
             threading.Thread(target=self.accept, args=(listener, server), daemon=True).start()
         return 'http://127.0.0.1:%d' % listener.getsockname()[1]
 
@@ -183,14 +183,18 @@ class Host:
             return answers[min(turn, len(answers) - 1)]
         return Answer('http', b'HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n')
 
-    def reply(self, connection, answer):
+    def message(self, answer):
+        """All the bytes of a reply."""
         data = answer.data
-        if answer.kind == 'fault':
-            return self.fault(connection, data)
         if answer.kind == 'body':
             data = b'HTTP/1.1 200 OK\r\nContent-Type: text/xml; charset=utf-8\r\nContent-Length: %d\r\n\r\n%s' % (
                 len(data), data)
-        connection.sendall(data.replace(b'{elsewhere}', self.elsewhere.encode()))
+        return data.replace(b'{elsewhere}', self.elsewhere.encode())
+
+    def reply(self, connection, answer):
+        if answer.kind == 'fault':
+            return self.fault(connection, answer.data)
+        connection.sendall(self.message(answer))
         if answer.kind == 'reset':
             self.reset(connection)
         else:

@@ -18,6 +18,7 @@ import os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # end without a traceback
 if __name__ == '__main__' and not sys.flags.isolated:  # import nothing from this folder or PYTHONPATH
     os.execv(sys.executable, [sys.executable, '-IS', *sys.argv])
+sys.modules['ssl'] = None  # http.client imports it if it can: a quarter of the memory, for nothing
 import http.client, re, socket, time
 from xml.parsers import expat
 
@@ -121,26 +122,22 @@ def trim(text):
 
 def parse(document):
     """Return the texts in the goal state, by path, each of the first element there; raise ValueError or ExpatError."""
-    path = text = ''
-    texts = {}
+    path, pieces, texts = '', [], {}
     def tag(name, attributes=None):
-        nonlocal path, text
+        nonlocal path
         if attributes is not None:  # a start tag goes down into its element, an end tag takes the text and goes up
             if not path and name != 'GoalState':
                 raise ValueError
-            path, text = path + '/' + name, ''
+            path, pieces[:] = path + '/' + name, []
         else:
-            texts.setdefault(path if path in PATHS else '', trim(text))
-            path, text = path.rpartition('/')[0], '<'  # '<' spoils a value with an element inside
-    def add(data):
-        nonlocal text
-        text += data
+            texts.setdefault(path if path in PATHS else '', trim(''.join(pieces)))
+            path, pieces[:] = path.rpartition('/')[0], '<'  # '<' spoils a value with an element inside
     def refuse(*_):
         raise ValueError
     parser = expat.ParserCreate('utf-8')
     parser.StartElementHandler = parser.EndElementHandler = tag
-    parser.CharacterDataHandler = add
-    parser.CommentHandler = parser.ProcessingInstructionHandler = lambda *_: add('<')  # or a comment
+    parser.CharacterDataHandler = pieces.append
+    parser.CommentHandler = parser.ProcessingInstructionHandler = lambda *_: pieces.append('<')  # or a comment
     parser.StartDoctypeDeclHandler = parser.StartCdataSectionHandler = refuse
     parser.Parse(document, True)
     return texts

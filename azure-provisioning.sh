@@ -63,9 +63,10 @@ exchange() { # LABEL URL DATA [--header HEADER]...: POST the DATA, or GET withou
 transfer() { # [--header HEADER]...: sets $status, $body, and $code to curl's exit status, or the one that fits wget's
     if command -v curl >/dev/null; then
         [ -z "$data" ] || set -- "$@" --data-binary "$data"
-        # Before curl 8.4, only --limit-rate and --max-time bound a body that comes without its length.
-        { reply=$(curl -q --silent --fail --noproxy '*' --proto =http --max-time "$TIMEOUT" --limit-rate 256K \
-            --max-filesize "$BODY_LIMIT" --write-out ' %{http_code} %{size_download}' "$@" "$url"); } 2>/dev/null
+        # Before curl 8.4, only --limit-rate bounds a body that comes without its length: to some limits in TIMEOUT.
+        { reply=$(curl -q --silent --fail --noproxy '*' --proto =http --max-time "$TIMEOUT" \
+            --limit-rate $((4 * BODY_LIMIT / TIMEOUT + 4096)) --max-filesize "$BODY_LIMIT" \
+            --write-out ' %{http_code} %{size_download}' "$@" "$url"); } 2>/dev/null
         code=$? size=${reply##* }
     else
         [ -z "$data" ] || set -- "$@" --post-data "$data"
@@ -110,13 +111,13 @@ trim() { # TEXT: sets $value to its words, with a space between: a value has one
 
 parse() { # read the goal state in $body: sets $incarnation, $container and $instance, as far as they are in it
     unset incarnation container instance
-    path='' root='' text='' inside=''
+    path='' root='' text='' inside='' IFS='<'
     case $body in *[$(printf '\001-\010\013\014\016-\037')]*) return 1 ;; esac # XML has no such characters
     case ${body%%'<?xml'["$SPACE"]*} in '' | *[!"$SPACE"]*) ;; *) return 1 ;; esac # nothing before a declaration
     # Between two '<' stand a tag and the text behind it, or a part of a comment or processing instruction. What is
     # before the first is put behind an instruction, ?x?>; the space keeps the shell from dropping a '<' at the end.
-    IFS='<'
-    for piece in '?x?>'${body#"$(printf '\357\273\277')"}' '; do
+    case $body in "$(printf '\357\273\277')"*) body=${body#???} ;; esac # a byte order mark
+    for piece in '?x?>'$body' '; do
         [ -n "$inside" ] || case $piece in
         '!--'*) inside='-->' piece=${piece#!--} ;;
         '!'* | '?'["$SPACE"?\>]*) return 1 ;; # a DTD, CDATA, an instruction without a name
@@ -144,9 +145,7 @@ tag() { # read the tag at the start of $piece, and the text behind it
     done
     name=${head#/}
     name=${name%%["$SPACE"/]*} rest=${rest#>}
-    case $head in
-    '' | / | ["$SPACE"]* | "/$name"*[!"$SPACE"]* | "$name"*/?* | "$name"*[!"$SPACE"/]*) return 1 ;;
-    esac
+    case $head in '' | / | ["$SPACE"]* | "/$name"*[!"$SPACE"]* | "$name"*/?* | "$name"*[!"$SPACE"/]*) return 1 ;; esac
     case $head in
     [!/]*) [ -n "$path" ] || [ "$root$name" = GoalState ] || return 1
         root=GoalState path=$path/$name text='' ;;

@@ -116,7 +116,7 @@ parse() { # read the goal state in $body: sets $incarnation, $container and $ins
     case ${body%%'<?xml'["$SPACE"]*} in '' | *[!"$SPACE"]*) ;; *) return 1 ;; esac # nothing before a declaration
     # Between two '<' stand a tag and the text behind it, or a part of a comment or processing instruction. What is
     # before the first is put behind an instruction, ?x?>; the space keeps the shell from dropping a '<' at the end.
-    case $body in "$(printf '\357\273\277')"*) body=${body#???} ;; esac # a byte order mark
+    case $body in ["$SPACE<"]*) ;; $(printf '\357\273\277')["$SPACE<"]*) body=${body#???} ;; esac # byte order mark
     for piece in '?x?>'$body' '; do
         [ -n "$inside" ] || case $piece in
         '!--'*) inside='-->' piece=${piece#!--} ;;

@@ -146,7 +146,7 @@ def hold(cell, part, make, arguments, options):
         for program in programs:
             for case, found in zip(cases, pool.map(lambda case: run.verdict(case, program, True, world), cases)):
                 if found and case.name not in beyond:
-                    failed.append('%s\n%s' % (case.name, '\n'.join(found)))
+                    failed.append('%s%s' % (case.name, '\n' + '\n'.join(found) if len(failed) < 3 else ''))
     assert cases and not failed, '\n'.join([''] + failed)
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Hold provisioning agents against the cases: python3 tests/run.py [--strict] [--only TEXT] [PROGRAM]...
 
-A PROGRAM is a command line, './my-port --flag' say; without one, the two scripts of this project are run.
+A PROGRAM is a command line, './my-port --flag' say; without one, the two scripts of this project are run, py and sh.
 --strict also compares what only these two promise: every header, every byte printed, nothing written anywhere.
 Exit status: 0 all passed, 1 some failed, 2 the cases themselves are not in order. tests/README.md tells the rest.
 """
@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -115,8 +116,12 @@ def find_cases(only=''):
 
 
 def command_line(program):
-    """The words of a program's command line; those that name files will do so from any folder."""
-    return [os.path.abspath(word) if os.path.isfile(word) else word for word in shlex.split(program)]
+    """The words of a program's command line, `py` and `sh` for ours; those that name files do so from any folder."""
+    program = {'py': OURS[0], 'sh': OURS[1]}.get(program, program)
+    words = [os.path.abspath(word) if os.path.isfile(word) else word for word in shlex.split(program)]
+    if not words or not shutil.which(words[0]):
+        sys.exit('cannot be started: %s' % program)
+    return words
 
 
 def run(case, program, world):
@@ -233,6 +238,8 @@ def main():
     parser.add_argument('programs', nargs='*', default=OURS, metavar='PROGRAM')
     arguments = parser.parse_args()
     loopback_only()
+    for program in arguments.programs:
+        command_line(program)
     try:
         cases = find_cases(arguments.only)
     except (BadCase, OSError, ValueError) as error:

@@ -113,14 +113,14 @@ parse() { # read the goal state in $body: sets $incarnation, $container and $ins
     unset incarnation container instance
     path='' root='' text='' inside='' IFS='<'
     case $body in *[$(printf '\001-\010\013\014\016-\037')]*) return 1 ;; esac # XML has no such characters
-    case ${body%%'<?xml'["$SPACE"]*} in '' | *[!"$SPACE"]*) ;; *) return 1 ;; esac # nothing before a declaration
     # Between two '<' stand a tag and the text behind it, or a part of a comment or processing instruction. What is
     # before the first is put behind an instruction, ?x?>; the space keeps the shell from dropping a '<' at the end.
     case $body in ["$SPACE<"]*) ;; $(printf '\357\273\277')["$SPACE<"]*) body=${body#???} ;; esac # byte order mark
+    case $body in '<?xml'["$SPACE"]*) body='<?x'${body#?????} ;; esac # the declaration, which stands nowhere else
     for piece in '?x?>'$body' '; do
         [ -n "$inside" ] || case $piece in
         '!--'*) inside='-->' piece=${piece#!--} ;;
-        '!'* | '?'["$SPACE"?\>]*) return 1 ;; # a DTD, CDATA, an instruction without a name
+        '!'* | '?'["$SPACE"?\>]* | '?'[Xx][Mm][Ll]["$SPACE"?]*) return 1 ;; # a DTD, CDATA; no name, or a reserved one
         '?'*) inside='?>' ;;
         *) tag || return 1 ;;
         esac

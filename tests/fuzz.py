@@ -62,7 +62,7 @@ class Layout:
             if kind < .4:
                 written += '<!--%s-->' % re.sub('--+', '-', inside + ' ')
             elif kind < .6:
-                written += '<?%s %s?>' % (self.dice.choice(['a', 'php', 'xml-x']), inside.replace('?>', ''))
+                written += '<?%s %s?>' % (self.dice.choice(['a', 'php', 'xml-x', 'xml', 'XML']), inside.replace('?>', ''))
             else:
                 written += self.space()
         return written

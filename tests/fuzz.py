@@ -28,6 +28,7 @@ MARKUP = ['<', '</GoalState>', '<Incarnation>99</Incarnation>', '<ContainerId>no
 OURS_ELSEWHERE = ['Incarnation', 'ContainerId', 'InstanceId', 'Container', 'RoleInstance']
 OTHERS = ['Machine', 'Version', 'Incarnation-1', 'PackageIncarnation', 'State', 'Role', 'E', '_e.1']
 DEBRIS = [word.encode() for word in WORDS + MARKUP] + [b'\0', b'\x08', b'<!--', b'-->', b'<?']
+INSTRUCTIONS = [b'<?xml version="1.0"?>', b'<?XML 1?>', b'<?xml?>', b'<?a?>', b'<!--a-->', b' ', b'\xef\xbb\xbf']
 
 
 class Layout:
@@ -62,7 +63,7 @@ class Layout:
             if kind < .4:
                 written += '<!--%s-->' % re.sub('--+', '-', inside + ' ')
             elif kind < .6:
-                written += '<?%s %s?>' % (self.dice.choice(['a', 'php', 'xml-x', 'xml', 'XML']), inside.replace('?>', ''))
+                written += '<?%s %s?>' % (self.dice.choice(['a', 'php', 'xml-x']), inside.replace('?>', ''))
             else:
                 written += self.space()
         return written
@@ -116,7 +117,7 @@ def damage(dice, data):
     for _ in range(dice.choice([1, 1, 1, 2, 4])):
         at, length = dice.randrange(len(data) + 1), dice.choice([1, 1, 2, 5, 30])
         names = [match.span() for match in re.finditer(rb'</?[A-Za-z]+', data)]
-        kind = dice.choice(['cut', 'drop', 'repeat', 'swap', 'flip', 'rename', 'insert', 'lose a tag'])
+        kind = dice.choice(['cut', 'drop', 'repeat', 'swap', 'flip', 'rename', 'insert', 'instruct', 'lose a tag'])
         if kind == 'cut':
             data = data[:at]
         elif kind == 'drop':
@@ -133,6 +134,9 @@ def damage(dice, data):
             data = data[:start] + other + data[end:]
         elif kind == 'insert':
             data = data[:at] + dice.choice(DEBRIS) + data[at:]
+        elif kind == 'instruct' and names:
+            start, _ = dice.choice(names)
+            data = data[:start] + dice.choice(INSTRUCTIONS) + data[start:]
         elif kind == 'lose a tag' and names:
             start, end = dice.choice(names)
             data = data[:start] + data[(data.find(b'>', end) + 1) or end:]

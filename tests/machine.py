@@ -135,6 +135,7 @@ CHECKS = [cut_at_every_byte, sigterm, sigint, nobody_listens, closed_stderr, wit
 
 def main():
     loopback_only()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, where we run in the background
     programs = sys.argv[1:] or OURS
     name = socket.gethostname()
     print('1..%d' % (len(CHECKS) * len(programs)))

@@ -63,7 +63,7 @@ exchange() { # LABEL URL DATA [--header HEADER]...: POST the DATA, or GET withou
 transfer() { # [--header HEADER]...: sets $status, $body, and $code to curl's exit status, or the one that fits wget's
     if command -v curl >/dev/null; then
         [ -z "$data" ] || set -- "$@" --data-binary "$data"
-        # Before curl 8.4, only --limit-rate bounds a body that comes without its length: to some limits in TIMEOUT.
+        # Before curl 8.4, only --limit-rate bounds a body without a length: to 4 limits, and 4 KiB for each second.
         { reply=$(curl -q --silent --fail --noproxy '*' --proto =http --max-time "$TIMEOUT" \
             --limit-rate $((4 * BODY_LIMIT / TIMEOUT + 4096)) --max-filesize "$BODY_LIMIT" \
             --write-out ' %{http_code} %{size_download}' "$@" "$url"); } 2>/dev/null

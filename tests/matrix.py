@@ -95,6 +95,8 @@ def hostile_environment():
     for name in 'rogue', 'http.py', 're.py', 'usercustomize.py':
         with open(os.path.join(folder, name), 'w') as file:
             file.write(ROGUE if name == 'rogue' else 'raise SystemExit(99)\n')
+    with open(os.path.join(folder, '.curlrc'), 'w') as file:
+        file.write('proxy = http://192.0.2.1\n')
     return run.OURS, {
         'PYTHONPATH': folder, 'PYTHONSTARTUP': rogue, 'PYTHONHOME': folder, 'BASH_ENV': rogue, 'ENV': rogue,
         'IFS': '/:. ', 'CDPATH': '/', 'GREP_OPTIONS': '-v', 'POSIXLY_CORRECT': '1', 'http_proxy': 'http://192.0.2.1',
@@ -141,6 +143,7 @@ def hold(cell, part, make, arguments, options):
     programs, world = make(*arguments, **options)
     cases = [case for case in run.find_cases() if any(fnmatch.fnmatch(case.name, each) for each in part)]
     beyond = [case for name, case in limits() if name == cell]
+    assert set(beyond) <= {case.name for case in cases}, 'no such cases in limits'
     failed = []
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         for program in programs:

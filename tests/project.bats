@@ -111,6 +111,18 @@ setup() {
     [ "$status" -ne 0 ]
 }
 
+@test "the unit has what the README says of it" {
+    grep -q '^RuntimeMaxSec=40min$' azure-provisioning.service
+    for name in ATTEMPTS INTERVAL; do
+        value=$(sed -n "s/^Environment=.*AZURE_PROVISIONING_$name=\([0-9]*\).*/\1/p" azure-provisioning.service)
+        grep -q "^| .AZURE_PROVISIONING_$name. | .[0-9]*. | .$value. |" README.md
+        grep -q "AZURE_PROVISIONING_$name=$value" <(sed -n '/openrc-run/,/}/p' README.md)
+    done
+    # shellcheck disable=SC2016 # of the script, not of this shell
+    addresses=$(sed -n 's/^[A-Z]*=${AZURE_.*-http:\/\/\(.*\)}$/\1/p' azure-provisioning.sh)
+    [ "$(sed -n 's/^IPAddressAllow=//p' azure-provisioning.service)" = "$(xargs <<<"$addresses")" ]
+}
+
 @test "the runner refuses a base URL that is not on loopback" {
     cp -r tests "$scratch/tests"
     printf 'AZURE_PROVISIONING_IMDS=http://192.0.2.1\n' >"$scratch/tests/cases/runs/must-hostname/settings"

@@ -79,7 +79,7 @@ def debian(program, tree):
 
 
 def sandbox(program, tree):
-    """A real kernel refuses what each line of the unit's sandbox is there for."""
+    """A real kernel refuses what each directive of the unit's sandbox is there for."""
     probed(Guest(program, tree or debian_tree()))
 
 

@@ -25,7 +25,7 @@ from run import TESTS, Case
 from tap import measured, tell
 
 SILENT = [Answer('fault', 'silent')]
-FEW = '[Service]\nEnvironment=AZURE_PROVISIONING_ATTEMPTS=3\n'  # attempts, so that a failure does not take 20 minutes
+FEW = '[Service]\nEnvironment=AZURE_PROVISIONING_ATTEMPTS=3\n'  # attempts, so that a failure does not take 40 minutes
 BLOCK = """#!/bin/bash
 exec 3<>/dev/tcp/168.63.129.16/80
 printf "GET /in-%s-$1 HTTP/1.1\\r\\n\\r\\n" >&3

@@ -27,7 +27,7 @@ def mutant(path):
 
 
 def caught(path):
-    """Whether the mutant's case catches it, and passes without the change; the case, the fault, and why it was skipped."""
+    """Whether the mutant's case catches it, and passes without the change; the case, the fault, and a skip."""
     case, why, source = mutant(path)
     if run.impossible(case):
         return True, case.name, why, ' # skip %s' % run.impossible(case)

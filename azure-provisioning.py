@@ -102,9 +102,9 @@ def put(path, mode, owner, text):
     """Replace the file atomically. Raises Failed."""
     if DRY_RUN:
         return say('Would write ' + path)
-    call('mkdir', '-p', os.path.dirname(path))
     call('rm', '-f', path + '.new')
     try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path + '.new', 'xb') as file:
             file.write(text.encode('latin-1'))
         if owner:
@@ -157,7 +157,7 @@ def transfer(url, data, limit, headers):
             raise Failed('broken reply')
         need(not response.length, 'broken reply')  # something is still to come
         need(len(body) <= limit, 'reply too large')
-        return response.status, body
+        return response.status, b'\\0' if b'\0' in body else body  # no shell holds a NUL
 
 def retry(step, attempts, command, *arguments):
     """Call the command until it does not raise Failed; return what it returns."""
@@ -297,8 +297,7 @@ def user():
 def valid_user(name):
     return name != 'root' and re.fullmatch('[A-Za-z_][A-Za-z0-9._-]{0,31}', name)
 
-def account(name, path):
-    """Return the fields of an account in /etc/passwd or /etc/shadow, or None."""
+def account(name, path):  # the fields of one in /etc/passwd or /etc/shadow, or None
     return next((line.split(':') for line in contents(path).split('\n') if line.startswith(name + ':')), None)
 
 def ssh_keys():
@@ -306,8 +305,7 @@ def ssh_keys():
     keys = []
     for number, entry in enumerate(trim(optional('user', 'publicKeys')).split()):  # 0/ 1/ 2/ and so on
         need(entry in (str(number), '%d/' % number) and number < 100, 'publicKeys: no valid list')
-        key = optional('user', 'publicKeys/%d/keyData' % number)
-        key = trim(re.sub('[\r\n]', '', key))  # it may be broken into lines
+        key = trim(re.sub('[\r\n]', '', optional('user', 'publicKeys/%d/keyData' % number)))  # may be broken into lines
         if re.fullmatch(KEY, key):
             say('SSH key: ' + key.split()[0])
             keys.append(key)
@@ -319,7 +317,7 @@ def ssh_keys():
 
 def authorize(fields, keys):
     """Let the user of an account in with the keys. Raises Failed."""
-    home, owner = fields[5], ':'.join(fields[2:4])
+    home, owner = os.fsdecode(fields[5].encode('latin-1')), ':'.join(fields[2:4])
     if not keys:
         return
     for path in home + '/.ssh', home + '/.ssh/authorized_keys':
@@ -327,17 +325,19 @@ def authorize(fields, keys):
     need(run('mkdir', '-p', home + '/.ssh') and  # and the home, where an earlier run was cut off
          run('chown', '-h', owner, home, home + '/.ssh') and run('chmod', '700', home + '/.ssh') and
          run('chmod', 'go-w', home), 'cannot make %s/.ssh' % home)
-    known = contents(path).rstrip('\n').split('\n')
+    known = contents(path).rstrip('\n')
+    known += known and '\n'
     for key in keys:
-        if key.split(' ')[:2] not in [line.split(' ')[:2] for line in known]:
-            known.append(key)
-    put(path, 0o600, owner, '\n'.join(known).lstrip('\n') + '\n')
+        if not re.search('(?m)^%s( |$)' % re.escape(' '.join(key.split(' ')[:2])), known):
+            known += key + '\n'
+    put(path, 0o600, owner, known)
 
 def grant(name):
     """Give the user sudo or doas, without a password. Raises Failed."""
     doas = '/etc/doas.d/azure-provisioning.conf' if os.path.isdir('/etc/doas.d') else '/etc/doas.conf'
     rule, permit = name + ' ALL=(ALL:ALL) NOPASSWD:ALL', 'permit nopass ' + name
-    rules = '\n'.join([line for line in contents(doas).split('\n') if line not in ('', permit)] + [permit])
+    others = '\n'.join(line for line in contents(doas).split('\n') if line != permit).rstrip('\n')
+    rules = (others and others + '\n') + permit
     if run('visudo', '-q', '-c', '-f', '-', line=rule):
         put('/etc/sudoers.d/azure-provisioning', 0o440, '', rule + '\n')
     elif run('doas', '-C', '/dev/stdin', line=rules):
@@ -372,10 +372,10 @@ def password():
 
 def sshd(answer):
     """Let sshd take passwords or not, at both of its prompts; of each, the first line counts. Raises Failed."""
-    lines = contents('/etc/ssh/sshd_config').split('\n')
+    lines = contents('/etc/ssh/sshd_config').rstrip('\n').split('\n')
+    settings = ['PasswordAuthentication ' + answer, 'KbdInteractiveAuthentication ' + answer]
     others = [line for line in lines[:2] if not re.match('(Password|KbdInteractive)Authentication ', line)] + lines[2:]
-    put('/etc/ssh/sshd_config', 0o644, '', 'PasswordAuthentication {0}\nKbdInteractiveAuthentication {0}\n{1}'.format(
-        answer, '\n'.join(others)))
+    put('/etc/ssh/sshd_config', 0o644, '', '\n'.join(settings + others).rstrip('\n') + '\n')
     say('PasswordAuthentication: ' + answer)
     (run('systemctl', 'try-reload-or-restart', 'sshd.service') or
      run('systemctl', 'try-reload-or-restart', 'ssh.service') or run('rc-service', '--ifstarted', 'sshd', 'reload'))
@@ -401,7 +401,7 @@ def save(label, name, value):
     say(label + ': ' + path)
 
 def publish():
-    routes = re.findall('(?m)^(\\S+)\t00000000\t', contents('/proc/self/net/route'))
+    routes = re.findall('(?m)^(\\S+)\t00000000\t(?:\\S+\t){5}00000000\t', contents('/proc/self/net/route'))
     need(routes, 'no default route')
     name = routes[0]
     need(run('networkctl', 'reconfigure', name) or run('nmcli', 'device', 'reapply', name) or

@@ -55,9 +55,9 @@ put() { # FILE MODE OWNER COMMAND [ARGUMENT]...: replace the file by what the co
     shift 3
     [ -z "$dry_run" ] || { say "Would write $file" && return; }
     reason="cannot write $file"
-    { mkdir -p "${file%/*}" && (rm -f "$file.new" && set -C && "$@" >"$file.new") && chmod "$mode" "$file.new" &&
-        { [ -z "$owner" ] || chown -h "$owner" "$file.new"; } && mv -f "$file.new" "$file"; } 2>/dev/null ||
-        { rm -f "$file.new"; return 1; }
+    { mkdir -p "${file%/*}" && [ ! -d "$file" ] && (rm -f "$file.new" && set -C && "$@" >"$file.new") &&
+        chmod "$mode" "$file.new" && { [ -z "$owner" ] || chown -h "$owner" "$file.new"; } &&
+        mv -f "$file.new" "$file"; } 2>/dev/null || { rm -f "$file.new"; return 1; }
 }
 
 check_url() { # NAME URL: http://HOST[:PORT][/PATH]
@@ -366,15 +366,16 @@ password() {
         sed "s/&lt;/</g; s/&gt;/>/g; s/&quot;/\"/g; s/&apos;/'/g; s/&amp;/\&/g")
     [ ${#password} -le 72 ] || return
     reason='chpasswd failed'
-    [ -z "$password" ] || { TEXT=$user_name:$password printenv TEXT | run chpasswd && say "Password set"; } || return
+    [ -z "$password" ] ||
+        { TEXT=$user_name:$password printenv TEXT 2>/dev/null | run chpasswd && say 'Password set'; } || return
     case ${no_passwords-} in [Tt][Rr][Uu][Ee]) sshd no ;; [Ff][Aa][Ll][Ss][Ee]) sshd yes ;; esac
 }
 
 sshd() { # ANSWER: whether it takes passwords, at either of its two prompts; of each, the first line counts
     [ -e /etc/ssh/sshd_config ] || return 0
     others=$(sed '1,2{/^PasswordAuthentication /d;/^KbdInteractiveAuthentication /d;}' /etc/ssh/sshd_config)
-    put /etc/ssh/sshd_config 644 '' printf '%s %s\n%s %s\n%s\n' PasswordAuthentication "$1" \
-        KbdInteractiveAuthentication "$1" "$others" || return
+    put /etc/ssh/sshd_config 644 '' printf 'PasswordAuthentication %s\nKbdInteractiveAuthentication %s\n%s' "$1" "$1" \
+        "${others:+$others$NEWLINE}" || return
     say "PasswordAuthentication: $1"
     run systemctl try-reload-or-restart sshd.service || run systemctl try-reload-or-restart ssh.service ||
         run rc-service --ifstarted sshd reload || :
@@ -393,13 +394,13 @@ save() { # LABEL NAME: write $value, which is base64, to a file of $STATE; witho
     value=$(TEXT=$value printenv TEXT | tr -d ' ')
     printf '%s\n' "$value" | grep -Eqx "$BASE64" || return
     reason="cannot write $file"
-    TEXT=$value printenv TEXT | put "$file" 600 '' base64 -d && say "$1: $file"
+    TEXT=$value printenv TEXT 2>/dev/null | put "$file" 600 '' base64 -d && say "$1: $file"
 }
 
 publish() {
     interface='' reason='no default route'
-    while IFS=$SPACE read -r name destination _; do
-        [ "$destination" != 00000000 ] || interface=${interface:-$name}
+    while IFS=$SPACE read -r name destination _ _ _ _ _ mask _; do
+        [ "$destination/$mask" != 00000000/00000000 ] || interface=${interface:-$name}
     done </proc/self/net/route
     [ -n "$interface" ] || return
     reason="no DHCP client renewed the lease of $interface"

@@ -39,7 +39,6 @@ DRY_RUN = {'-n', '--dry-run'} & set(sys.argv)
 BODY_LIMIT = 65536  # bytes
 DATA_LIMIT = 122880  # bytes, of what has 64 KiB in base64 in it
 STATE = '/var/lib/azure-provisioning'
-RUNTIME = '/run/azure-provisioning'
 OVF = '/Environment/ProvisioningSection/LinuxProvisioningConfigurationSet'
 AGENT = {'x-ms-version': '2012-11-30', 'x-ms-agent-name': 'custom-provisioning'}
 SPACE = ' \t\n\r'  # XML's white space
@@ -50,7 +49,7 @@ PATHS = ('/GoalState/Incarnation', '/GoalState/Container/ContainerId',
 ID = '[!#-%(-;=?-~]+'  # what an id is made of: visible ASCII, but for < > & " and '
 KEY = ('(ssh-rsa AAAAB3Nz|ssh-ed25519 AAAAC3Nz|ecdsa-sha2-nistp(256|384|521) AAAAE2Vj|sk-ssh-ed25519@openssh.com '
        'AAAAGnNr|sk-ecdsa-sha2-nistp256@openssh.com AAAAInNr)[A-Za-z0-9+/=]*( [^%s]*)?') % CONTROL
-BASE64 = '([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=|[A-Za-z0-9+/][AQgw]==)?'
+BASE64 = '([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{4}|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=|[A-Za-z0-9+/][AQgw]==)'
 
 class Failed(Exception):
     """A step, or an attempt at it, came to nothing; says why."""
@@ -63,7 +62,7 @@ def need(done, reason):
 def say(*lines, file=None):
     try:
         print(*lines, sep='\n', file=file, flush=True)
-    except OSError:
+    except (OSError, UnicodeError):
         pass  # the VM is Ready whether or not somebody listens
     return True
 
@@ -102,9 +101,9 @@ def put(path, mode, owner, text):
     """Replace the file atomically. Raises Failed."""
     if DRY_RUN:
         return say('Would write ' + path)
-    call('rm', '-f', path + '.new')
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
+        call('rm', '-f', path + '.new')
         with open(path + '.new', 'xb') as file:
             file.write(text.encode('latin-1'))
         if owner:
@@ -112,7 +111,7 @@ def put(path, mode, owner, text):
         os.chmod(path + '.new', mode)
         os.replace(path + '.new', path)
     except OSError:
-        call('rm', '-f', path + '.new')
+        os.path.lexists(path + '.new') and call('rm', '-f', path + '.new')
         raise Failed('cannot write ' + path)
 
 def check_url(name, url):
@@ -268,7 +267,7 @@ def hostname():
     if not run('hostnamectl', 'set-hostname', value):
         put('/etc/hostname', 0o644, '', value + '\n')
         try:
-            socket.sethostname(value)
+            DRY_RUN or socket.sethostname(value)
         except OSError:
             raise Failed("cannot set the kernel's hostname")
 
@@ -295,16 +294,17 @@ def user():
     grant(name)
 
 def valid_user(name):
-    return name != 'root' and re.fullmatch('[A-Za-z_][A-Za-z0-9._-]{0,31}', name)
+    return name != 'root' and re.fullmatch('[A-Za-z_][A-Za-z0-9._-]{0,31}', name) and re.search('[a-z]', name)
 
 def account(name, path):  # the fields of one in /etc/passwd or /etc/shadow, or None
-    return next((line.split(':') for line in contents(path).split('\n') if line.startswith(name + ':')), None)
+    lines = contents(path).split('\n')
+    return next(((line + '::::').split(':') for line in lines if line.startswith(name + ':')), None)
 
 def ssh_keys():
     """Return the user's keys. Raises Failed."""
     keys = []
-    for number, entry in enumerate(trim(optional('user', 'publicKeys')).split()):  # 0/ 1/ 2/ and so on
-        need(entry in (str(number), '%d/' % number) and number < 100, 'publicKeys: no valid list')
+    for number, entry in enumerate(filter(None, trim(optional('user', 'publicKeys')).split(' '))):
+        need(entry in (str(number), '%d/' % number) and number < 100, 'publicKeys: no valid list')  # 0/ 1/ and so on
         key = trim(re.sub('[\r\n]', '', optional('user', 'publicKeys/%d/keyData' % number)))  # may be broken into lines
         if re.fullmatch(KEY, key):
             say('SSH key: ' + key.split()[0])
@@ -320,11 +320,11 @@ def authorize(fields, keys):
     home, owner = os.fsdecode(fields[5].encode('latin-1')), ':'.join(fields[2:4])
     if not keys:
         return
-    for path in home + '/.ssh', home + '/.ssh/authorized_keys':
-        need(not os.path.islink(path), path + ': a symlink is in the way')
-    need(run('mkdir', '-p', home + '/.ssh') and  # and the home, where an earlier run was cut off
-         run('chown', '-h', owner, home, home + '/.ssh') and run('chmod', '700', home + '/.ssh') and
-         run('chmod', 'go-w', home), 'cannot make %s/.ssh' % home)
+    folder, path = home + '/.ssh', home + '/.ssh/authorized_keys'
+    need(not os.path.islink(folder) and not os.path.islink(path), folder + ': a symlink is in the way')
+    need(os.path.isdir(home) or run('mkdir', '-p', home) and run('chown', owner, home), 'cannot make ' + folder)
+    need(run('mkdir', '-p', folder) and run('chown', '-h', owner, folder) and run('chmod', '700', folder) and
+         run('chmod', 'go-w', home), 'cannot make ' + folder)
     known = contents(path).rstrip('\n')
     known += known and '\n'
     for key in keys:
@@ -347,11 +347,11 @@ def grant(name):
 
 def dvd():
     """Return the texts on the DVD that is in the drive on the first boot. Raises Failed."""
-    need(os.path.exists('/dev/sr0') and call('mkdir', '-p', RUNTIME + '/dvd') and
-         call('mount', '-t', 'udf,iso9660', '-o', 'ro,nosuid,nodev,noexec', '/dev/sr0', RUNTIME + '/dvd'),
-         'ovf-env.xml: no DVD')
-    body = contents(RUNTIME + '/dvd/ovf-env.xml', DATA_LIMIT).encode('latin-1')
-    call('umount', RUNTIME + '/dvd')
+    folder = '/run/azure-provisioning/dvd'
+    need(os.path.exists('/dev/sr0') and call('mkdir', '-p', folder) and
+         call('mount', '-t', 'udf,iso9660', '-o', 'ro,nosuid,nodev,noexec', '/dev/sr0', folder), 'ovf-env.xml: no DVD')
+    body = contents(folder + '/ovf-env.xml', DATA_LIMIT).encode('latin-1')
+    call('umount', folder)
     return parse('Environment', body, 'ovf-env.xml: not an OVF environment')
 
 def password():
@@ -401,7 +401,7 @@ def save(label, name, value):
     say(label + ': ' + path)
 
 def publish():
-    routes = re.findall('(?m)^(\\S+)\t00000000\t(?:\\S+\t){5}00000000\t', contents('/proc/self/net/route'))
+    routes = re.findall('(?m)^([!-~]+)\t00000000\t(?:\\S+\t){5}00000000\t', contents('/proc/self/net/route'))
     need(routes, 'no default route')
     name = routes[0]
     need(run('networkctl', 'reconfigure', name) or run('nmcli', 'device', 'reapply', name) or

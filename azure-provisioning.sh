@@ -32,8 +32,8 @@ INTERVAL=${AZURE_PROVISIONING_INTERVAL-5}
 TIMEOUT=${AZURE_PROVISIONING_TIMEOUT-30}
 BODY_LIMIT=65536 # bytes
 DATA_LIMIT=122880 # bytes, of what has 64 KiB in base64 in it
+PRINT='BEGIN { print ENVIRON["TEXT"] }' # of awk: arguments and files can be seen, the environment cannot
 STATE=/var/lib/azure-provisioning
-RUNTIME=/run/azure-provisioning
 OVF=/Environment/ProvisioningSection/LinuxProvisioningConfigurationSet
 NEWLINE='
 '
@@ -42,22 +42,22 @@ CONTROL=$(printf '\001-\037\177')
 ID='!#-%(-;=?-~' # what an id is made of: visible ASCII, but for < > & " and '
 KEY='(ssh-rsa AAAAB3Nz|ssh-ed25519 AAAAC3Nz|ecdsa-sha2-nistp(256|384|521) AAAAE2Vj|sk-ssh-ed25519@openssh.com AAAAGnNr|'
 KEY=$KEY"sk-ecdsa-sha2-nistp256@openssh.com AAAAInNr)[A-Za-z0-9+/=]*( [^$CONTROL]*)?"
-BASE64='([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=|[A-Za-z0-9+/][AQgw]==)?'
+BASE64='([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{4}|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=|[A-Za-z0-9+/][AQgw]==)'
 
 say() { { printf '%s\n' "$@" || :; } 2>/dev/null; }
 complain() { say "$@" >&2; }
 misused() { complain "azure-provisioning: $1" "$USAGE"; exit 2; }
 call() { command -v "$1" >/dev/null && command "$@"; } # COMMAND [ARGUMENT]...: if there is such a command
-run() { if [ -z "$dry_run" ]; then call "$@"; else command -v "$1" >/dev/null && say "Would run: $*"; fi; }
+run() { if [ "$dry_run" ]; then IFS=$SPACE && command -v "$1" >/dev/null && say "Would run: $*"; else call "$@"; fi; }
 
 put() { # FILE MODE OWNER COMMAND [ARGUMENT]...: replace the file by what the command prints, atomically
     file=$1 mode=$2 owner=$3
     shift 3
     [ -z "$dry_run" ] || { say "Would write $file" && return; }
     reason="cannot write $file"
-    { mkdir -p "${file%/*}" && [ ! -d "$file" ] && (rm -f "$file.new" && set -C && "$@" >"$file.new") &&
+    { { mkdir -p "${file%/*}" && [ ! -d "$file" ] && (rm -f "$file.new" && set -C && "$@" >"$file.new") &&
         chmod "$mode" "$file.new" && { [ -z "$owner" ] || chown -h "$owner" "$file.new"; } &&
-        mv -f "$file.new" "$file"; } 2>/dev/null || { rm -f "$file.new"; return 1; }
+        mv -f "$file.new" "$file"; } || { rm -f "$file.new" && return 1; }; } 2>/dev/null
 }
 
 check_url() { # NAME URL: http://HOST[:PORT][/PATH]
@@ -133,10 +133,10 @@ retry() { # STEP ATTEMPTS COMMAND [ARGUMENT]...: until COMMAND succeeds, or retu
 }
 
 trim() { # TEXT: sets $value to its words, with a space between: a value has one
-    value='' IFS=$SPACE
-    for word in $1; do
-        [ -z "$word" ] || value=${value:+$value }$word
-    done
+    IFS=$SPACE
+    # shellcheck disable=SC2048,SC2086 # words; then without the empty ones that a CR makes
+    set -- $1 && set -- $*
+    value="$*"
 }
 
 parse() { # ROOT: read the document in $body, whose values are named at the end of tag; sets those that are in it
@@ -264,7 +264,7 @@ hostname() {
     run hostnamectl set-hostname "$value" && return
     put /etc/hostname 644 '' printf '%s\n' "$value" || return
     reason="cannot set the kernel's hostname"
-    { command hostname "$value" || printf '%s\n' "$value" >/proc/sys/kernel/hostname; } 2>/dev/null
+    { [ -n "$dry_run" ] || command hostname "$value" || printf '%s\n' "$value" >/proc/sys/kernel/hostname; } 2>/dev/null
 }
 
 disable() {
@@ -290,10 +290,11 @@ user() {
     account "$user" /etc/passwd && authorize && grant
 }
 
-valid_user() { [ "$1" != root ] && printf '%s\n' "$1" | grep -Eqx '[A-Za-z_][A-Za-z0-9._-]{0,31}'; }
+# sudo takes names in capitals, such as ALL, for something else
+valid_user() { printf '%s\n' "$1" | grep -Ex '[A-Za-z_][A-Za-z0-9._-]{0,31}' | grep '[a-z]' | grep -qvx root; }
 
 account() { # NAME FILE: find it in /etc/passwd or /etc/shadow; sets $secret, $owner and $home
-    while IFS=: read -r name secret uid gid _ home _; do
+    while IFS=: read -r name secret uid gid _ home _ || [ -n "$name" ]; do
         [ "$name" != "$1" ] || { owner=$uid:$gid && return; }
     done 2>/dev/null <"$2"
     return 1
@@ -319,11 +320,11 @@ ssh_keys() { # sets $keys, a line each
 
 authorize() { # let the user of $home in with $keys
     [ -n "$keys" ] || return 0
-    for file in "$home/.ssh" "$home/.ssh/authorized_keys"; do
-        [ ! -L "$file" ] || { reason="$file: a symlink is in the way" && return 1; }
-    done
-    reason="cannot make $home/.ssh" # and the home, where an earlier run was cut off
-    run mkdir -p "$home/.ssh" && run chown -h "$owner" "$home" "$home/.ssh" && run chmod 700 "$home/.ssh" &&
+    reason="$home/.ssh: a symlink is in the way"
+    [ ! -L "$home/.ssh" ] && [ ! -L "$home/.ssh/authorized_keys" ] || return
+    reason="cannot make $home/.ssh" # nor the home, if an earlier run was cut off
+    [ -d "$home" ] || { run mkdir -p "$home" && run chown "$owner" "$home"; } || return # an earlier run was cut off
+    run mkdir -p "$home/.ssh" && run chown -h "$owner" "$home/.ssh" && run chmod 700 "$home/.ssh" &&
         run chmod go-w "$home" || return
     known=$(cat "$home/.ssh/authorized_keys" 2>/dev/null) IFS=$NEWLINE
     known=$known${known:+$NEWLINE}
@@ -340,17 +341,16 @@ grant() { # sudo or doas to the user, without a password
     [ ! -d /etc/doas.d ] || doas=/etc/doas.d/azure-provisioning.conf
     rule="$user ALL=(ALL:ALL) NOPASSWD:ALL" rules=$(grep -vxF "permit nopass $user" $doas 2>/dev/null)
     rules="${rules:+$rules$NEWLINE}permit nopass $user"
-    { say "$rule" | run visudo -q -c -f - && put /etc/sudoers.d/azure-provisioning 440 '' printf '%s\n' "$rule"; } ||
-        { say "$rules" | run doas -C /dev/stdin && put $doas 440 '' printf '%s\n' "$rules"; } ||
-        complain "user: neither sudo nor doas takes a rule for $user"
+    if say "$rule" | run visudo -q -c -f -; then put /etc/sudoers.d/azure-provisioning 440 '' printf '%s\n' "$rule"
+    elif say "$rules" | run doas -C /dev/stdin; then put $doas 440 '' printf '%s\n' "$rules"
+    else complain "user: neither sudo nor doas takes a rule for $user"; fi
 }
 
 dvd() { # read the DVD that is in the drive on the first boot
-    reason='ovf-env.xml: no DVD'
-    [ -e /dev/sr0 ] && mkdir -p $RUNTIME/dvd &&
-        call mount -t udf,iso9660 -o ro,nosuid,nodev,noexec /dev/sr0 $RUNTIME/dvd || return
-    body=$(head -c $DATA_LIMIT $RUNTIME/dvd/ovf-env.xml 2>/dev/null | tr '\000' '\001')
-    call umount $RUNTIME/dvd
+    folder=/run/azure-provisioning/dvd reason='ovf-env.xml: no DVD'
+    [ -e /dev/sr0 ] && mkdir -p $folder && call mount -t udf,iso9660 -o ro,nosuid,nodev,noexec /dev/sr0 $folder || return
+    body=$(head -c $DATA_LIMIT $folder/ovf-env.xml 2>/dev/null | tr '\000' '\001')
+    call umount $folder
     reason='ovf-env.xml: not an OVF environment'
     parse Environment
 }
@@ -362,12 +362,12 @@ password() {
     valid_user "${user_name-}" || return
     reason='no valid password'
     case ${user_password-} in *['<'$CONTROL]* | *'&#'*) return 1 ;; esac
-    password=$(TEXT=${user_password-} printenv TEXT | # what is an argument or in a file can be seen
+    password=$(TEXT=${user_password-} awk "$PRINT" |
         sed "s/&lt;/</g; s/&gt;/>/g; s/&quot;/\"/g; s/&apos;/'/g; s/&amp;/\&/g")
-    [ ${#password} -le 72 ] || return
+    [ -n "$password" ] || [ -z "${user_password-}" ] && [ ${#password} -le 72 ] || return
     reason='chpasswd failed'
-    [ -z "$password" ] ||
-        { TEXT=$user_name:$password printenv TEXT 2>/dev/null | run chpasswd && say 'Password set'; } || return
+    [ -z "$password" ] || TEXT=$user_name:$password awk "$PRINT" 2>/dev/null | run chpasswd || return
+    [ -z "$password" ] || say 'Password set'
     case ${no_passwords-} in [Tt][Rr][Uu][Ee]) sshd no ;; [Ff][Aa][Ll][Ss][Ee]) sshd yes ;; esac
 }
 
@@ -391,10 +391,10 @@ data() {
 save() { # LABEL NAME: write $value, which is base64, to a file of $STATE; without one, remove that of another VM
     file=$STATE/$2 reason="$1: no base64"
     [ -n "$value" ] || { run rm -f "$file" && say "$1: none" && return; }
-    value=$(TEXT=$value printenv TEXT | tr -d ' ')
+    value=$(TEXT=$value awk "$PRINT" | tr -d ' ')
     printf '%s\n' "$value" | grep -Eqx "$BASE64" || return
     reason="cannot write $file"
-    TEXT=$value printenv TEXT 2>/dev/null | put "$file" 600 '' base64 -d && say "$1: $file"
+    TEXT=$value awk "$PRINT" 2>/dev/null | put "$file" 600 '' base64 -d && say "$1: $file"
 }
 
 publish() {
@@ -433,17 +433,16 @@ main() { # [STEP]...
     check_number AZURE_PROVISIONING_ATTEMPTS "$ATTEMPTS" 1
     check_number AZURE_PROVISIONING_INTERVAL "$INTERVAL" 0
     check_number AZURE_PROVISIONING_TIMEOUT "$TIMEOUT" 1
-    # shellcheck disable=SC2086 # words
-    set -- ${steps:-ready hostname disable}
+    [ -n "$steps" ] || steps=' ready hostname disable'
     case $steps' ' in
     *' remember '*) vm_id && [ "$id" = "$(cat $STATE/vm-id 2>/dev/null)" ] && say "Already provisioned: $id" && exit ;;
     esac
-    for step; do
-        shift # what is left in "$@" is still to come
+    for step in $steps; do
+        steps=${steps#*" $step"} # what is still to come
         [ "$step" != ready ] || told=yes
         "$step" && continue
         complain "$step: $reason"
-        case $told:" $* " in :*' ready '*) not_ready "$step: $reason" ;; esac
+        case $told:$steps' ' in :*' ready '*) not_ready "$step: $reason" ;; esac
         exit 1
     done
 }

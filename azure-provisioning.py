@@ -348,8 +348,9 @@ def grant(name):
 def dvd():
     """Return the texts on the DVD that is in the drive on the first boot. Raises Failed."""
     folder = '/run/azure-provisioning/dvd'
-    need(os.path.exists('/dev/sr0') and call('mkdir', '-p', folder) and
-         call('mount', '-t', 'udf,iso9660', '-o', 'ro,nosuid,nodev,noexec', '/dev/sr0', folder), 'ovf-env.xml: no DVD')
+    need(call('mkdir', '-p', folder) and (os.path.exists(folder + '/ovf-env.xml') or  # a run was cut off
+         os.path.exists('/dev/sr0') and call('mount', '-t', 'udf,iso9660', '-o', 'ro,nosuid,nodev,noexec', '/dev/sr0',
+                                             folder)), 'ovf-env.xml: no DVD')
     body = contents(folder + '/ovf-env.xml', DATA_LIMIT).encode('latin-1')
     call('umount', folder)
     return parse('Environment', body, 'ovf-env.xml: not an OVF environment')
@@ -359,15 +360,13 @@ def password():
     texts = retry('password', 5, dvd)
     name, secret = trim(texts[OVF + '/UserName']), texts[OVF + '/UserPassword'].encode().decode('latin-1')
     need(valid_user(name), 'no valid user name')
-    need(not re.search('[<%s]|&#' % CONTROL, secret), 'no valid password')
+    need(not re.search('[<%s]|&(?!(lt|gt|quot|apos|amp);)' % CONTROL, secret), 'no valid password')
     for entity, character in ('lt', '<'), ('gt', '>'), ('quot', '"'), ('apos', "'"), ('amp', '&'):
         secret = secret.replace('&%s;' % entity, character)
     need(len(secret) <= 72, 'no valid password')
-    if secret:
-        need(run('chpasswd', line=name + ':' + secret), 'chpasswd failed')
-        say('Password set')
+    need(not secret or run('chpasswd', line=name + ':' + secret) and say('Password set'), 'chpasswd failed')
     answer = {'true': 'no', 'false': 'yes'}.get(trim(texts[OVF + '/DisableSshPasswordAuthentication']).lower())
-    if answer and os.path.exists('/etc/ssh/sshd_config'):
+    if answer and os.path.isfile('/etc/ssh/sshd_config'):
         sshd(answer)
 
 def sshd(answer):
@@ -394,14 +393,14 @@ def save(label, name, value):
     """Write what is base64 to a file of STATE; without a value, remove that of another VM. Raises Failed."""
     path, value = STATE + '/' + name, re.sub('[%s]' % SPACE, '', value)
     if not value:
-        run('rm', '-f', path)
+        need(run('rm', '-f', path), 'cannot remove ' + path)
         return say(label + ': none')
     need(re.fullmatch(BASE64, value), label + ': no base64')
     put(path, 0o600, '', binascii.a2b_base64(value).decode('latin-1'))
     say(label + ': ' + path)
 
 def publish():
-    routes = re.findall('(?m)^([!-~]+)\t00000000\t(?:\\S+\t){5}00000000\t', contents('/proc/self/net/route'))
+    routes = re.findall('(?m)^([!-)+-~][!-~]*)\t00000000\t(?:\\S+\t){5}00000000\t', contents('/proc/self/net/route'))
     need(routes, 'no default route')
     name = routes[0]
     need(run('networkctl', 'reconfigure', name) or run('nmcli', 'device', 'reapply', name) or
@@ -433,7 +432,7 @@ def main(arguments):
     check_number('AZURE_PROVISIONING_INTERVAL', INTERVAL, 0)
     check_number('AZURE_PROVISIONING_TIMEOUT', TIMEOUT, 1)
     to_come = [step for step in arguments if step in steps] or ['ready', 'hostname', 'disable']
-    if 'remember' in to_come and vm_id() and contents(STATE + '/vm-id') == vm_id() + '\n':
+    if 'remember' in to_come and vm_id() and contents(STATE + '/vm-id').rstrip('\n') == vm_id():
         say('Already provisioned: ' + vm_id())
         return 0
     for number, step in enumerate(to_come):

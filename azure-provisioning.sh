@@ -348,7 +348,8 @@ grant() { # sudo or doas to the user, without a password
 
 dvd() { # read the DVD that is in the drive on the first boot
     folder=/run/azure-provisioning/dvd reason='ovf-env.xml: no DVD'
-    [ -e /dev/sr0 ] && mkdir -p $folder && call mount -t udf,iso9660 -o ro,nosuid,nodev,noexec /dev/sr0 $folder || return
+    mkdir -p $folder && { [ -e $folder/ovf-env.xml ] || { [ -e /dev/sr0 ] && # there already: a run was cut off
+        call mount -t udf,iso9660 -o ro,nosuid,nodev,noexec /dev/sr0 $folder; }; } || return
     body=$(head -c $DATA_LIMIT $folder/ovf-env.xml 2>/dev/null | tr '\000' '\001')
     call umount $folder
     reason='ovf-env.xml: not an OVF environment'
@@ -361,7 +362,7 @@ password() {
     reason='no valid user name'
     valid_user "${user_name-}" || return
     reason='no valid password'
-    case ${user_password-} in *['<'$CONTROL]* | *'&#'*) return 1 ;; esac
+    TEXT=${user_password-} awk "$PRINT" | sed -E 's/&(lt|gt|quot|apos|amp);//g' | grep -q "[<&$CONTROL]" && return 1
     password=$(TEXT=${user_password-} awk "$PRINT" |
         sed "s/&lt;/</g; s/&gt;/>/g; s/&quot;/\"/g; s/&apos;/'/g; s/&amp;/\&/g")
     [ -n "$password" ] || [ -z "${user_password-}" ] && [ ${#password} -le 72 ] || return
@@ -372,7 +373,7 @@ password() {
 }
 
 sshd() { # ANSWER: whether it takes passwords, at either of its two prompts; of each, the first line counts
-    [ -e /etc/ssh/sshd_config ] || return 0
+    [ -f /etc/ssh/sshd_config ] || return 0
     others=$(sed '1,2{/^PasswordAuthentication /d;/^KbdInteractiveAuthentication /d;}' /etc/ssh/sshd_config)
     put /etc/ssh/sshd_config 644 '' printf 'PasswordAuthentication %s\nKbdInteractiveAuthentication %s\n%s' "$1" "$1" \
         "${others:+$others$NEWLINE}" || return
@@ -390,9 +391,8 @@ data() {
 
 save() { # LABEL NAME: write $value, which is base64, to a file of $STATE; without one, remove that of another VM
     file=$STATE/$2 reason="$1: no base64"
-    [ -n "$value" ] || { run rm -f "$file" && say "$1: none" && return; }
-    value=$(TEXT=$value awk "$PRINT" | tr -d ' ')
-    printf '%s\n' "$value" | grep -Eqx "$BASE64" || return
+    [ -n "$value" ] || { reason="cannot remove $file" && run rm -f "$file" && say "$1: none"; return; }
+    value=$(TEXT=$value awk "$PRINT" | tr -d ' ' | grep -Ex "$BASE64") || return
     reason="cannot write $file"
     TEXT=$value awk "$PRINT" 2>/dev/null | put "$file" 600 '' base64 -d && say "$1: $file"
 }
@@ -400,7 +400,7 @@ save() { # LABEL NAME: write $value, which is base64, to a file of $STATE; witho
 publish() {
     interface='' reason='no default route'
     while IFS=$SPACE read -r name destination _ _ _ _ _ mask _; do
-        [ "$destination/$mask" != 00000000/00000000 ] || interface=${interface:-$name}
+        case $name/$destination/$mask in '*'*) ;; */00000000/00000000) interface=${interface:-$name} ;; esac
     done </proc/self/net/route
     [ -n "$interface" ] || return
     reason="no DHCP client renewed the lease of $interface"

@@ -168,6 +168,8 @@ def run(case, program, world):
             for server in ('elsewhere', 'refused', 'wireserver', 'imds'):
                 value = value.replace('{%s}' % server, getattr(host, server))
             environment[name] = value
+        if 'MISSING' in environment:
+            environment['PATH'] = path_without(environment['MISSING'].split(), environment['PATH'], folder + '/path')
         words = command_line(program) + case.text('arguments').splitlines()
         machine = {}
         if case.before is not None:
@@ -209,6 +211,15 @@ def run(case, program, world):
             trouble += scratch.wrong_owners(root)
             trouble += leaks(did, home, trace)
         return did, requests, trouble
+
+
+def path_without(missing, path, folder):
+    """Fill a folder with links to all commands of a path but those that are to be missing; return it."""
+    os.mkdir(folder)
+    for each in filter(os.path.isdir, path.split(':')):
+        for name in set(os.listdir(each)) - set(missing) - set(os.listdir(folder)):
+            os.symlink(os.path.join(os.path.abspath(each), name), os.path.join(folder, name))
+    return folder
 
 
 def as_text(printed):

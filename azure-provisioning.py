@@ -66,6 +66,9 @@ def say(*lines, file=None):
         pass  # the VM is Ready whether or not somebody listens
     return True
 
+def did(line):
+    return DRY_RUN or say(line)
+
 def complain(*lines):
     say(*lines, file=sys.stderr or open(os.devnull, 'w'))  # None: closed
 
@@ -86,16 +89,14 @@ def call(*command, line=None):
 def run(*command, line=None):
     if not DRY_RUN:
         return call(*command, line=line)
-    return any(os.access(folder + '/' + command[0], os.X_OK) for folder in os.get_exec_path()) and say(
-        'Would run: ' + ' '.join(command))
+    return call('sh', '-c', 'command -v "$0" >/dev/null', command[0]) and say('Would run: ' + ' '.join(command))
 
 def contents(path, limit=-1):
-    """Its bytes as text; none where it cannot be read."""
-    try:
-        with open(path, encoding='latin-1', newline='') as file:
-            return file.read(limit)
-    except OSError:
+    """The bytes of a file, as text; none where there is none."""
+    if not os.path.isfile(path):
         return ''
+    with open(path, encoding='latin-1', newline='') as file:
+        return file.read(limit)
 
 def put(path, mode, owner, text):
     """Replace the file atomically. Raises Failed."""
@@ -274,7 +275,7 @@ def hostname():
 def disable():
     need(run('systemctl', 'disable', 'azure-provisioning.service') or run('rc-update', 'del', 'azure-provisioning'),
          'neither systemctl nor rc-update disabled azure-provisioning')
-    say('Disabled azure-provisioning.service')
+    did('Disabled azure-provisioning.service')
 
 def user():
     say('Retrieving user from IMDS')
@@ -284,12 +285,13 @@ def user():
     keys = ssh_keys()
     shell = '/bin/bash' if os.access('/bin/bash', os.X_OK) else '/bin/sh'
     account(name, '/etc/passwd') or run('useradd', '-m', '-s', shell, name) or run('adduser', '-D', '-s', shell, name)
-    if DRY_RUN:
+    if DRY_RUN and not account(name, '/etc/passwd'):
         return
     fields = account(name, '/etc/shadow') or account(name, '/etc/passwd')
     need(fields, 'neither useradd nor adduser made the user')
     # with '!', sshd without PAM takes no key, either; '*' is just no password
-    need(fields[1][:1] != '!' or run('chpasswd', '-e', line=name + ':*'), 'chpasswd failed')
+    need(fields[1][:1] != '!' or run('chpasswd', '-e', line=name + ':*') or run('usermod', '-p', '*', name),
+         'chpasswd failed')
     authorize(account(name, '/etc/passwd'), keys)
     grant(name)
 
@@ -337,7 +339,7 @@ def grant(name):
     doas = '/etc/doas.d/azure-provisioning.conf' if os.path.isdir('/etc/doas.d') else '/etc/doas.conf'
     rule, permit = name + ' ALL=(ALL:ALL) NOPASSWD:ALL', 'permit nopass ' + name
     others = '\n'.join(line for line in contents(doas).split('\n') if line != permit).rstrip('\n')
-    rules = (others and others + '\n') + permit
+    rules = others + '\n' + permit if others else permit
     if run('visudo', '-q', '-c', '-f', '-', line=rule):
         put('/etc/sudoers.d/azure-provisioning', 0o440, '', rule + '\n')
     elif run('doas', '-C', '/dev/stdin', line=rules):
@@ -348,12 +350,12 @@ def grant(name):
 def dvd():
     """Return the texts on the DVD that is in the drive on the first boot. Raises Failed."""
     folder = '/run/azure-provisioning/dvd'
-    need(call('mkdir', '-p', folder) and (os.path.exists(folder + '/ovf-env.xml') or  # a run was cut off
+    need(call('mkdir', '-p', folder) and (os.path.isfile(folder + '/ovf-env.xml') or  # a run was cut off
          os.path.exists('/dev/sr0') and call('mount', '-t', 'udf,iso9660', '-o', 'ro,nosuid,nodev,noexec', '/dev/sr0',
                                              folder)), 'ovf-env.xml: no DVD')
-    body = contents(folder + '/ovf-env.xml', DATA_LIMIT).encode('latin-1')
+    body = contents(folder + '/ovf-env.xml', DATA_LIMIT)
     call('umount', folder)
-    return parse('Environment', body, 'ovf-env.xml: not an OVF environment')
+    return parse('Environment', body.encode('latin-1'), 'ovf-env.xml: not an OVF environment')
 
 def password():
     say('Retrieving password from the DVD')
@@ -364,10 +366,9 @@ def password():
     for entity, character in ('lt', '<'), ('gt', '>'), ('quot', '"'), ('apos', "'"), ('amp', '&'):
         secret = secret.replace('&%s;' % entity, character)
     need(len(secret) <= 72, 'no valid password')
-    need(not secret or run('chpasswd', line=name + ':' + secret) and say('Password set'), 'chpasswd failed')
+    need(not secret or run('chpasswd', line=name + ':' + secret) and did('Password set'), 'chpasswd failed')
     answer = {'true': 'no', 'false': 'yes'}.get(trim(texts[OVF + '/DisableSshPasswordAuthentication']).lower())
-    if answer and os.path.isfile('/etc/ssh/sshd_config'):
-        sshd(answer)
+    answer and os.path.isfile('/etc/ssh/sshd_config') and sshd(answer)
 
 def sshd(answer):
     """Let sshd take passwords or not, at both of its prompts; of each, the first line counts. Raises Failed."""
@@ -375,7 +376,7 @@ def sshd(answer):
     settings = ['PasswordAuthentication ' + answer, 'KbdInteractiveAuthentication ' + answer]
     others = [line for line in lines[:2] if not re.match('(Password|KbdInteractive)Authentication ', line)] + lines[2:]
     put('/etc/ssh/sshd_config', 0o644, '', '\n'.join(settings + others).rstrip('\n') + '\n')
-    say('PasswordAuthentication: ' + answer)
+    did('PasswordAuthentication: ' + answer)
     (run('systemctl', 'try-reload-or-restart', 'sshd.service') or
      run('systemctl', 'try-reload-or-restart', 'ssh.service') or run('rc-service', '--ifstarted', 'sshd', 'reload'))
 
@@ -394,20 +395,20 @@ def save(label, name, value):
     path, value = STATE + '/' + name, re.sub('[%s]' % SPACE, '', value)
     if not value:
         need(run('rm', '-f', path), 'cannot remove ' + path)
-        return say(label + ': none')
+        return did(label + ': none')
     need(re.fullmatch(BASE64, value), label + ': no base64')
     put(path, 0o600, '', binascii.a2b_base64(value).decode('latin-1'))
-    say(label + ': ' + path)
+    did(label + ': ' + path)
 
 def publish():
-    routes = re.findall('(?m)^([!-)+-~][!-~]*)\t00000000\t(?:\\S+\t){5}00000000\t', contents('/proc/self/net/route'))
-    need(routes, 'no default route')
-    name = routes[0]
+    route = re.search('(?m)^([!-)+-~][!-~]*)\t00000000\t(?:\\S+\t){5}00000000\t', contents('/proc/self/net/route'))
+    need(route, 'no default route')
+    name = route.group(1)
     need(run('networkctl', 'reconfigure', name) or run('nmcli', 'device', 'reapply', name) or
          run('dhcpcd', '-n', name) or run('dhclient', '-1', '-q', '-sf', '/bin/true', name) and  # a second, for once
          run('dhclient', '-x', '-q', name) or run('killall', '-USR1', 'udhcpc'),
          'no DHCP client renewed the lease of ' + name)
-    say('Renewed the DHCP lease of ' + name)
+    did('Renewed the DHCP lease of ' + name)
 
 def vm_id():
     return ''.join(re.findall('(?m)^[0-9a-f-]{36}$', contents('/sys/class/dmi/id/product_uuid').lower()))
@@ -415,7 +416,7 @@ def vm_id():
 def remember():
     need(vm_id(), 'cannot read /sys/class/dmi/id/product_uuid')
     put(STATE + '/vm-id', 0o600, '', vm_id() + '\n')
-    say('Remembered: ' + vm_id())
+    did('Remembered: ' + vm_id())
 
 def main(arguments):
     """Run the steps; return the exit status."""
@@ -438,7 +439,7 @@ def main(arguments):
     for number, step in enumerate(to_come):
         try:
             steps[step]()
-        except Failed as failure:
+        except (Failed, OSError) as failure:
             complain('%s: %s' % (step, failure))
             if 'ready' in to_come[number:] and 'ready' not in to_come[:number + 1]:
                 not_ready('%s: %s' % (step, failure) + (failure.__cause__ and ': %s' % failure.__cause__ or ''))

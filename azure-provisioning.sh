@@ -45,6 +45,7 @@ KEY=$KEY"sk-ecdsa-sha2-nistp256@openssh.com AAAAInNr)[A-Za-z0-9+/=]*( [^$CONTROL
 BASE64='([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{4}|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=|[A-Za-z0-9+/][AQgw]==)'
 
 say() { { printf '%s\n' "$@" || :; } 2>/dev/null; }
+did() { [ "$dry_run" ] || say "$@"; }
 complain() { say "$@" >&2; }
 misused() { complain "azure-provisioning: $1" "$USAGE"; exit 2; }
 call() { command -v "$1" >/dev/null && command "$@"; } # COMMAND [ARGUMENT]...: if there is such a command
@@ -140,7 +141,7 @@ trim() { # TEXT: sets $value to its words, with a space between: a value has one
 }
 
 parse() { # ROOT: read the document in $body, whose values are named at the end of tag; sets those that are in it
-    unset incarnation container instance user_name user_password no_passwords custom_data
+    unset incarnation container instance user_name user_password no_passwords custom_data password
     wanted=$1 path='' place='' root='' text='' inside='' IFS='<'
     case $body in *[$(printf '\001-\010\013\014\016-\037')]*) return 1 ;; esac # XML has no such characters
     # Between two '<' stand a tag and the text behind it, or a part of a comment or processing instruction. What is
@@ -270,7 +271,7 @@ hostname() {
 disable() {
     reason='neither systemctl nor rc-update disabled azure-provisioning'
     run systemctl disable azure-provisioning.service || run rc-update del azure-provisioning || return
-    say 'Disabled azure-provisioning.service'
+    did 'Disabled azure-provisioning.service'
 }
 
 user() {
@@ -282,11 +283,11 @@ user() {
     ssh_keys || return
     shell=$(command -v /bin/bash || say /bin/sh)
     account "$user" /etc/passwd || run useradd -m -s "$shell" "$user" || run adduser -D -s "$shell" "$user"
-    [ -z "$dry_run" ] || return 0
+    [ -z "$dry_run" ] || account "$user" /etc/passwd || return 0
     reason='neither useradd nor adduser made the user'
     account "$user" /etc/shadow || account "$user" /etc/passwd || return
     reason='chpasswd failed' # with '!', sshd without PAM takes no key, either; '*' is just no password
-    case $secret in '!'*) say "$user:*" | run chpasswd -e || return ;; esac
+    case $secret in '!'*) say "$user:*" | run chpasswd -e || run usermod -p '*' "$user" || return ;; esac
     account "$user" /etc/passwd && authorize && grant
 }
 
@@ -348,9 +349,9 @@ grant() { # sudo or doas to the user, without a password
 
 dvd() { # read the DVD that is in the drive on the first boot
     folder=/run/azure-provisioning/dvd reason='ovf-env.xml: no DVD'
-    mkdir -p $folder && { [ -e $folder/ovf-env.xml ] || { [ -e /dev/sr0 ] && # there already: a run was cut off
+    mkdir -p $folder && { [ -f $folder/ovf-env.xml ] || { [ -e /dev/sr0 ] && # there already: a run was cut off
         call mount -t udf,iso9660 -o ro,nosuid,nodev,noexec /dev/sr0 $folder; }; } || return
-    body=$(head -c $DATA_LIMIT $folder/ovf-env.xml 2>/dev/null | tr '\000' '\001')
+    body=$([ ! -f $folder/ovf-env.xml ] || head -c $DATA_LIMIT $folder/ovf-env.xml | tr '\000' '\001')
     call umount $folder
     reason='ovf-env.xml: not an OVF environment'
     parse Environment
@@ -362,13 +363,14 @@ password() {
     reason='no valid user name'
     valid_user "${user_name-}" || return
     reason='no valid password'
-    TEXT=${user_password-} awk "$PRINT" | sed -E 's/&(lt|gt|quot|apos|amp);//g' | grep -q "[<&$CONTROL]" && return 1
+    case ${user_password-} in *['<'$CONTROL]*) return 1 ;; esac
+    TEXT=${user_password-} awk "$PRINT" | sed -E 's/&(lt|gt|quot|apos|amp);//g' | grep -q '&' && return 1
     password=$(TEXT=${user_password-} awk "$PRINT" |
         sed "s/&lt;/</g; s/&gt;/>/g; s/&quot;/\"/g; s/&apos;/'/g; s/&amp;/\&/g")
     [ -n "$password" ] || [ -z "${user_password-}" ] && [ ${#password} -le 72 ] || return
     reason='chpasswd failed'
     [ -z "$password" ] || TEXT=$user_name:$password awk "$PRINT" 2>/dev/null | run chpasswd || return
-    [ -z "$password" ] || say 'Password set'
+    [ -z "$password" ] || did 'Password set'
     case ${no_passwords-} in [Tt][Rr][Uu][Ee]) sshd no ;; [Ff][Aa][Ll][Ss][Ee]) sshd yes ;; esac
 }
 
@@ -377,7 +379,7 @@ sshd() { # ANSWER: whether it takes passwords, at either of its two prompts; of 
     others=$(sed '1,2{/^PasswordAuthentication /d;/^KbdInteractiveAuthentication /d;}' /etc/ssh/sshd_config)
     put /etc/ssh/sshd_config 644 '' printf 'PasswordAuthentication %s\nKbdInteractiveAuthentication %s\n%s' "$1" "$1" \
         "${others:+$others$NEWLINE}" || return
-    say "PasswordAuthentication: $1"
+    did "PasswordAuthentication: $1"
     run systemctl try-reload-or-restart sshd.service || run systemctl try-reload-or-restart ssh.service ||
         run rc-service --ifstarted sshd reload || :
 }
@@ -391,10 +393,10 @@ data() {
 
 save() { # LABEL NAME: write $value, which is base64, to a file of $STATE; without one, remove that of another VM
     file=$STATE/$2 reason="$1: no base64"
-    [ -n "$value" ] || { reason="cannot remove $file" && run rm -f "$file" && say "$1: none"; return; }
+    [ -n "$value" ] || { reason="cannot remove $file" && run rm -f "$file" && did "$1: none"; return; }
     value=$(TEXT=$value awk "$PRINT" | tr -d ' ' | grep -Ex "$BASE64") || return
     reason="cannot write $file"
-    TEXT=$value awk "$PRINT" 2>/dev/null | put "$file" 600 '' base64 -d && say "$1: $file"
+    TEXT=$value awk "$PRINT" 2>/dev/null | put "$file" 600 '' base64 -d && did "$1: $file"
 }
 
 publish() {
@@ -407,14 +409,14 @@ publish() {
     run networkctl reconfigure "$interface" || run nmcli device reapply "$interface" || run dhcpcd -n "$interface" ||
         { run dhclient -1 -q -sf /bin/true "$interface" && run dhclient -x -q "$interface"; } || # a second, for once
         run killall -USR1 udhcpc || return
-    say "Renewed the DHCP lease of $interface"
+    did "Renewed the DHCP lease of $interface"
 }
 
 vm_id() { id=$({ tr A-F a-f </sys/class/dmi/id/product_uuid; } 2>/dev/null | grep -Ex '[0-9a-f-]{36}'); } # sets $id
 
 remember() {
     reason='cannot read /sys/class/dmi/id/product_uuid'
-    vm_id && put $STATE/vm-id 600 '' printf '%s\n' "$id" && say "Remembered: $id"
+    vm_id && put $STATE/vm-id 600 '' printf '%s\n' "$id" && did "Remembered: $id"
 }
 
 main() { # [STEP]...
@@ -434,15 +436,13 @@ main() { # [STEP]...
     check_number AZURE_PROVISIONING_INTERVAL "$INTERVAL" 0
     check_number AZURE_PROVISIONING_TIMEOUT "$TIMEOUT" 1
     [ -n "$steps" ] || steps=' ready hostname disable'
-    case $steps' ' in
-    *' remember '*) vm_id && [ "$id" = "$(cat $STATE/vm-id 2>/dev/null)" ] && say "Already provisioned: $id" && exit ;;
-    esac
+    case $steps in *remember*) vm_id && grep -qsx "$id" $STATE/vm-id && say "Already provisioned: $id" && exit ;; esac
     for step in $steps; do
         steps=${steps#*" $step"} # what is still to come
         [ "$step" != ready ] || told=yes
         "$step" && continue
         complain "$step: $reason"
-        case $told:$steps' ' in :*' ready '*) not_ready "$step: $reason" ;; esac
+        case $told:$steps in :*ready*) not_ready "$step: $reason" ;; esac
         exit 1
     done
 }

@@ -19,7 +19,8 @@ from host import loopback_only
 from tap import Skipped, tell
 
 PY, SH = run.OURS
-BASICS = ['sleep', 'mv', 'rm', 'printf']  # what each shell needs; printf, where it is not built in
+BASICS = ['sleep', 'mv', 'rm', 'printf', 'mkdir', 'chmod', 'cat']  # what each shell needs, where it is not built in
+STEPS = ['awk', 'base64', 'chown', 'date', 'grep', 'head', 'sed', 'tr']  # what user, password and data need beside that
 ROGUE = """echo rogue
 alias command=false printf=false sleep=false curl=false
 exit 99
@@ -122,7 +123,7 @@ CELLS = [('Python 3.%d' % minor, ALL, python, [minor], {}) for minor in range(6,
     ('zsh as sh', ALL, shell, ['zsh', '--emulate', 'sh'], {}),
     ('BusyBox and curl', ALL, shell, ['busybox', 'ash'], {'path': ['applets', 'curl']}),
     ('BusyBox alone', ALL, shell, ['busybox', 'ash'], {'path': ['applets']}),
-    ('GNU wget', ALL, shell, ['dash'], {'path': BASICS + ['wget', 'timeout', 'head', 'tr']}),
+    ('GNU wget', ALL, shell, ['dash'], {'path': BASICS + STEPS + ['wget', 'timeout']}),
     ('curl and the basics', SOME, shell, ['dash'], {'path': BASICS + ['curl']}),
     ('a closed stdin', SOME, no_stdin, [], {}),
     ('a relative path', SOME, relative_path, [], {}),

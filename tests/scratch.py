@@ -31,7 +31,7 @@ KEPT = ('etc/alternatives', 'etc/ld.so.cache', 'dev/null', 'dev/zero', 'dev/full
 LINKS = {'dev/fd': '/proc/self/fd', 'dev/stdin': 'fd/0', 'dev/stdout': 'fd/1', 'dev/stderr': 'fd/2'}
 MARK = 'etc/scratch'  # the stand-ins change nothing where this is missing
 ENTER = """
-mount --all --fstab "$1" || exit
+mount --all --fstab "$1" && [ -e /etc/scratch ] || exit 1
 while read -r _ path _ options _; do
     case $path in "$2"* | /proc* | /sys* | /dev* | /run* | /etc* | /home* | /var/lib*) continue ;; esac
     mount -o "remount,bind,$(printf %s "$options" | sed 's/^rw/ro/; s/,[^,]*=[^,]*//g')" "$path" 2>/dev/null

@@ -6,6 +6,7 @@ The checks without hostnamectl write /etc/hostname: each runs in mount and UTS n
 """
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -97,7 +98,7 @@ def without_hostnamectl(program):
 
 def read_only_etc(program):
     """A read-only /etc: the step fails and says so, and the names stay."""
-    did = on_scratch_etc(program, 'mount -o remount,ro /etc')
+    did = on_scratch_etc(program, '"$MOUNT" -o remount,ro /etc')
     assert did == (1, 'hostname: cannot write /etc/hostname\n', 'old old 644 hostname\n'), did
 
 
@@ -113,7 +114,8 @@ def on_scratch_etc(program, prepare):
     if subprocess.call(unshare + ['sh', '-c', 'mount -t tmpfs none /etc'], stderr=subprocess.DEVNULL) != 0:
         raise Skipped('no mount namespace can be had')
     script = """
-        mount -t tmpfs -o size=8k none /etc && echo old >/etc/hostname && echo old >/proc/sys/kernel/hostname || exit 99
+        "$MOUNT" -t tmpfs -o size=8k none /etc && [ ! -e /etc/passwd ] || exit 99
+        echo old >/etc/hostname && echo old >/proc/sys/kernel/hostname || exit 99
         %s
         "$@"
         status=$?
@@ -123,7 +125,7 @@ def on_scratch_etc(program, prepare):
     with Host(GOOD) as host, tempfile.NamedTemporaryFile('r') as report:
         words = ' '.join(map(shlex.quote, unshare + ['sh', '-c', script, 'sh']))
         process = start(words + ' ' + program, host, 'hostname',
-                        FAILING='hostnamectl', REPORT=report.name)
+                        FAILING='hostnamectl', REPORT=report.name, MOUNT=shutil.which('mount'))
         stdout, stderr = process.communicate(timeout=60)
         assert stdout == 'Retrieving hostname from IMDS\nHostname: web-1\n', stdout
         return process.returncode, stderr, report.read()

@@ -27,13 +27,15 @@ def mutant(path):
 
 
 def caught(path):
-    """Whether the mutant's case catches it, and passes without the change; and the case and the fault."""
+    """Whether the mutant's case catches it, and passes without the change; the case, the fault, and a skip."""
     case, why, source = mutant(path)
+    if run.impossible(case):
+        return True, case.name, why, ' # skip %s' % run.impossible(case)
     with tempfile.NamedTemporaryFile('w', suffix='.py') as program:
         program.write(source)
         program.flush()
         differences = run.verdict(case, '%s -IS %s' % (sys.executable, program.name), strict=False)
-    return bool(differences) and not run.verdict(case, run.OURS[0], strict=False), case.name, why
+    return bool(differences) and not run.verdict(case, run.OURS[0], strict=False), case.name, why, ''
 
 
 def main():
@@ -43,9 +45,10 @@ def main():
     failed = len(mutants) < 15
     print('1..%d' % len(mutants))
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        for number, (path, (good, case, why)) in enumerate(zip(mutants, pool.map(caught, mutants)), 1):
+        for number, (path, (good, case, why, skip)) in enumerate(zip(mutants, pool.map(caught, mutants)), 1):
             failed = failed or not good
-            print('%s %d caught: %s: %s (%s)' % ('ok' if good else 'not ok', number, path.name, why, case), flush=True)
+            print('%s %d caught: %s: %s (%s)%s' % ('ok' if good else 'not ok', number, path.name, why, case, skip),
+                  flush=True)
     sys.exit(1 if failed else 0)
 
 

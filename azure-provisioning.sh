@@ -1,17 +1,24 @@
 #!/bin/sh
 # The provisioning agent in one file; azure-provisioning.py is the same program in Python, function by function.
 # Needs curl, or wget with head, timeout and tr. Sources: https://learn.microsoft.com/azure/virtual-machines/, the pages
-# linux/no-agent for the protocol and instance-metadata-service for IMDS.
+# linux/no-agent and linux/provisioning for the protocol, instance-metadata-service for IMDS.
 set -fu # -f: what a server sent is split into words below, not matched with file names; all variables are global
 export LC_ALL=C
+umask 077
 trap '' PIPE # the VM is Ready whether or not somebody listens
 VERSION=0.1.0
-USAGE='usage: azure-provisioning [-h | --help | --version] [STEP]...
+USAGE='usage: azure-provisioning [-h | --help | --version | -n | --dry-run] [STEP]...
   ready      tell Azure that this Linux VM is Ready: a health report to the WireServer, for the goal state it gives
   hostname   set the hostname the user asked for, from IMDS, the Instance Metadata Service
   disable    disable azure-provisioning.service, so that it runs on the first boot only
-Without STEP: ready hostname disable. Steps run in the order given; the first that fails ends the run.
-Progress goes to stdout, trouble to stderr. Exit status: 0 every step done, 1 a step failed, 2 usage.
+  user       create the admin user that IMDS names, with its SSH keys, and with sudo or doas without a password
+  password   set the password of that user, from the DVD, and whether sshd takes passwords
+  data       write userData, from IMDS, and customData, from the DVD, to /var/lib/azure-provisioning, for root alone
+  publish    renew the DHCP lease, so that the DNS of Azure learns the hostname
+  remember   record the id of this VM, on which a run that names this step does nothing from then on
+Without STEP: ready hostname disable. Steps run in the order given; the first that fails ends the run, and Azure is told
+NotReady if ready was still to come. With -n or --dry-run, what would be done is said and not done. Progress goes to
+stdout, trouble to stderr. Exit status: 0 every step done, 1 a step failed, 2 usage.
 Settings, from the environment, and their defaults:
   AZURE_PROVISIONING_WIRESERVER  base URL of the WireServer (http://168.63.129.16)
   AZURE_PROVISIONING_IMDS        base URL of IMDS (http://169.254.169.254)
@@ -24,13 +31,34 @@ ATTEMPTS=${AZURE_PROVISIONING_ATTEMPTS-240}
 INTERVAL=${AZURE_PROVISIONING_INTERVAL-5}
 TIMEOUT=${AZURE_PROVISIONING_TIMEOUT-30}
 BODY_LIMIT=65536 # bytes
+DATA_LIMIT=122880 # bytes, of what has 64 KiB in base64 in it
+STATE=/var/lib/azure-provisioning
+RUNTIME=/run/azure-provisioning
+OVF=/Environment/ProvisioningSection/LinuxProvisioningConfigurationSet
+NEWLINE='
+'
 SPACE=" $(printf '\t\n\r')" # XML's white space
+CONTROL=$(printf '\001-\037\177')
 ID='!#-%(-;=?-~' # what an id is made of: visible ASCII, but for < > & " and '
+KEY='(ssh-rsa AAAAB3Nz|ssh-ed25519 AAAAC3Nz|ecdsa-sha2-nistp(256|384|521) AAAAE2Vj|sk-ssh-ed25519@openssh.com AAAAGnNr|'
+KEY=$KEY"sk-ecdsa-sha2-nistp256@openssh.com AAAAInNr)[A-Za-z0-9+/=]*( [^$CONTROL]*)?"
+BASE64='([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=|[A-Za-z0-9+/][AQgw]==)?'
 
 say() { { printf '%s\n' "$@" || :; } 2>/dev/null; }
 complain() { say "$@" >&2; }
 misused() { complain "azure-provisioning: $1" "$USAGE"; exit 2; }
-run() { command -v "$1" >/dev/null && command "$@"; } # COMMAND [ARGUMENT]...: if there is such a command
+call() { command -v "$1" >/dev/null && command "$@"; } # COMMAND [ARGUMENT]...: if there is such a command
+run() { if [ -z "$dry_run" ]; then call "$@"; else command -v "$1" >/dev/null && say "Would run: $*"; fi; }
+
+put() { # FILE MODE OWNER COMMAND [ARGUMENT]...: replace the file by what the command prints, atomically
+    file=$1 mode=$2 owner=$3
+    shift 3
+    [ -z "$dry_run" ] || { say "Would write $file" && return; }
+    reason="cannot write $file"
+    { mkdir -p "${file%/*}" && (rm -f "$file.new" && set -C && "$@" >"$file.new") && chmod "$mode" "$file.new" &&
+        { [ -z "$owner" ] || chown -h "$owner" "$file.new"; } && mv -f "$file.new" "$file"; } 2>/dev/null ||
+        { rm -f "$file.new"; return 1; }
+}
 
 check_url() { # NAME URL: http://HOST[:PORT][/PATH]
     rest=${2#http://}
@@ -44,8 +72,9 @@ check_number() { # NAME NUMBER LEAST: without leading zeros, of six digits at mo
 }
 
 exchange() { # LABEL URL DATA [--header HEADER]...: POST the DATA, or GET without; sets $status and $body, or $reason
-    label=$1 url=$2 data=$3
+    label=$1 url=$2 data=$3 limit=$BODY_LIMIT
     shift 3
+    [ "$label" != userData ] || limit=$DATA_LIMIT
     transfer "$@" --header "User-Agent: azure-provisioning/$VERSION" --header 'Accept: */*' \
         --header 'Accept-Encoding: identity' --header 'Connection: close'
     case ${data:+POST}$status:$code in # status 000: none; code, of curl: 28 too slow, 63 too large
@@ -65,7 +94,7 @@ transfer() { # [--header HEADER]...: sets $status, $body, and $code to curl's ex
         [ -z "$data" ] || set -- "$@" --data-binary "$data"
         # Before curl 8.4, only --limit-rate bounds a body without a length: to 4 limits, and 4 KiB for each second.
         { reply=$(curl -q --silent --fail --noproxy '*' --proto =http --max-time "$TIMEOUT" \
-            --limit-rate $((4 * BODY_LIMIT / TIMEOUT + 4096)) --max-filesize "$BODY_LIMIT" \
+            --limit-rate $((4 * limit / TIMEOUT + 4096)) --max-filesize "$limit" \
             --write-out ' %{http_code} %{size_download}' "$@" "$url"); } 2>/dev/null
         code=$? size=${reply##* }
     else
@@ -78,8 +107,8 @@ transfer() { # [--header HEADER]...: sets $status, $body, and $code to curl's ex
             # timeout ends with 124 (coreutils) or 143 (BusyBox); wget indents what the server sent
             case $code:$said in 124:* | 143:*) code=28 ;; [!0]:*'  '*) code=8 ;; [!0]:*) code=7 ;; esac
             printf ' %.3s %s' "$status" "$code"
-        } 3>&1 2>/dev/null | head -c $((BODY_LIMIT + 10)) | tr '\000' '\001')
-        [ "${#reply}" -lt $((BODY_LIMIT + 10)) ] || reply="$reply 200 0" # cut there, and with it the end
+        } 3>&1 2>/dev/null | head -c $((limit + 10)) | tr '\000' '\001')
+        [ "${#reply}" -lt $((limit + 10)) ] || reply="$reply 200 0" # cut there, and with it the end
         code=${reply##* }
         size=$((${#reply} - 5 - ${#code})) # without " STATUS CODE"
     fi
@@ -87,7 +116,7 @@ transfer() { # [--header HEADER]...: sets $status, $body, and $code to curl's ex
     status=${reply##* }
     body=${reply% *}
     [ "${#body}" -eq "$size" ] || body='\0' # a NUL byte was dropped: put in what is neither goal state nor hostname
-    [ "$size" -le "$BODY_LIMIT" ] || code=63
+    [ "$size" -le "$limit" ] || code=63
 }
 
 retry() { # STEP ATTEMPTS COMMAND [ARGUMENT]...: until COMMAND succeeds, or returns 2 for what will not change
@@ -96,6 +125,7 @@ retry() { # STEP ATTEMPTS COMMAND [ARGUMENT]...: until COMMAND succeeds, or retu
     until "$@"; do
         final=$?
         complain "$step: attempt $attempt of $attempts: $reason"
+        last=$reason
         case $final:$attempt in 2:* | *:"$attempts") reason="gave up after $attempt attempts" && return 1 ;; esac
         sleep $((attempt < INTERVAL ? attempt : INTERVAL))
         attempt=$((attempt + 1))
@@ -109,9 +139,9 @@ trim() { # TEXT: sets $value to its words, with a space between: a value has one
     done
 }
 
-parse() { # read the goal state in $body: sets $incarnation, $container and $instance, as far as they are in it
-    unset incarnation container instance
-    path='' root='' text='' inside='' IFS='<'
+parse() { # ROOT: read the document in $body, whose values are named at the end of tag; sets those that are in it
+    unset incarnation container instance user_name user_password no_passwords custom_data
+    wanted=$1 path='' place='' root='' text='' inside='' IFS='<'
     case $body in *[$(printf '\001-\010\013\014\016-\037')]*) return 1 ;; esac # XML has no such characters
     # Between two '<' stand a tag and the text behind it, or a part of a comment or processing instruction. What is
     # before the first is put behind an instruction, ?x?>; the space keeps the shell from dropping a '<' at the end.
@@ -147,18 +177,22 @@ tag() { # read the tag at the start of $piece, and the text behind it
     name=${name%%["$SPACE"/]*} rest=${rest#>}
     case $head in '' | / | ["$SPACE"]* | "/$name"*[!"$SPACE"]* | "$name"*/?* | "$name"*[!"$SPACE"/]*) return 1 ;; esac
     case $head in
-    [!/]*) [ -n "$path" ] || [ "$root$name" = GoalState ] || return 1
-        root=GoalState path=$path/$name text='' ;;
+    [!/]*) [ -n "$path" ] || [ "$root${name##*:}" = "$wanted" ] || return 1
+        root=$wanted path=$path/$name place=$place/${name##*:} text='' ;; # the place is without prefixes
     esac
     case $head in
     /* | */)
         [ "${path##*/}" = "$name" ] || return 1
-        case $path in
+        case $place in
         /GoalState/Incarnation) trim "$text"; incarnation=${incarnation-$value} ;;
         /GoalState/Container/ContainerId) trim "$text"; container=${container-$value} ;;
         /GoalState/Container/RoleInstanceList/RoleInstance/InstanceId) trim "$text"; instance=${instance-$value} ;;
+        "$OVF/UserName") trim "$text"; user_name=${user_name-$value} ;;
+        "$OVF/UserPassword") user_password=${user_password-$text} ;;
+        "$OVF/DisableSshPasswordAuthentication") trim "$text"; no_passwords=${no_passwords-$value} ;;
+        "$OVF/CustomData") custom_data=${custom_data-$text} ;;
         esac
-        path=${path%/*} text='<' ;; # '<' spoils a value with an element inside
+        path=${path%/*} place=${place%/*} text='<' ;; # '<' spoils a value with an element inside
     *) text=$rest ;;
     esac
     [ -n "$path" ] || case $rest in *[!"$SPACE"]*) return 1 ;; esac
@@ -167,7 +201,7 @@ tag() { # read the tag at the start of $piece, and the text behind it
 goal_state() {
     exchange 'goal state' "${WIRESERVER%/}/machine?comp=goalstate" '' --header 'x-ms-version: 2012-11-30' \
         --header 'x-ms-agent-name: custom-provisioning' || return
-    if parse; then reason=''; else reason='not a goal state'; fi
+    if parse GoalState; then reason=''; else reason='not a goal state'; fi
     case ${incarnation-} in '' | *[!0-9]*) reason=${reason:-no Incarnation} ;; esac
     case ${container-} in '' | *[!$ID]*) reason=${reason:-no ContainerId} ;; esac
     case ${instance-} in '' | *[!$ID]*) reason=${reason:-no InstanceId} ;; esac
@@ -175,11 +209,12 @@ goal_state() {
     say "ContainerId: $container" "InstanceId: $instance" "Incarnation: $incarnation"
 }
 
-health_report() { # only for a goal state just read: the WireServer refuses an earlier incarnation
+health_report() { # STATE DETAILS: only for a goal state just read: the WireServer refuses an earlier incarnation
     goal_state || return
-    report="<Health><GoalStateIncarnation>$incarnation</GoalStateIncarnation><Container>\
-<ContainerId>$container</ContainerId><RoleInstanceList><Role><InstanceId>$instance</InstanceId>\
-<Health><State>Ready</State></Health></Role></RoleInstanceList></Container></Health>"
+    report="<Health><GoalStateIncarnation>$incarnation</GoalStateIncarnation><Container><ContainerId>$container\
+</ContainerId><RoleInstanceList><Role><InstanceId>$instance</InstanceId><Health><State>$1</State>$2</Health></Role>\
+</RoleInstanceList></Container></Health>"
+    [ -z "$dry_run" ] || { say 'Would send the following data to Wireserver:' "$report" && return; }
     say 'Sending the following data to Wireserver:' "$report"
     exchange 'health report' "${WIRESERVER%/}/machine?comp=health" "$report" --header 'x-ms-version: 2012-11-30' \
         --header 'x-ms-agent-name: custom-provisioning' --header 'Content-Type: text/xml;charset=utf-8' || return
@@ -188,37 +223,48 @@ health_report() { # only for a goal state just read: the WireServer refuses an e
 
 ready() {
     say 'Retrieving goal state from the Wireserver'
-    retry ready "$ATTEMPTS" health_report
+    retry ready "$ATTEMPTS" health_report Ready ''
 }
 
-metadata() { # LEAF API_VERSION: ask IMDS; sets $value
+not_ready() { # REASON: tell Azure that this VM will not be Ready, so that nobody waits for it
+    vm_id
+    case $1 in *': gave up after '*) set -- "$1: $last" ;; esac
+    description=$(printf '%.512s' "result=error|reason=$1|agent=azure-provisioning/$VERSION|vm_id=$id|timestamp=$(
+        date -u +%Y-%m-%dT%H:%M:%SZ)" | tr -c " -%'-;=?-~" ' ')
+    say 'Retrieving goal state from the Wireserver'
+    retry NotReady "$ATTEMPTS" health_report NotReady "<Details><SubStatus>ProvisioningFailed</SubStatus>\
+<Description>$description</Description></Details>" || complain "NotReady: $reason"
+}
+
+metadata() { # LEAF API_VERSION [EMPTY]: ask IMDS; sets $value; EMPTY is the reason why an empty one is no good
     exchange "${1##*/}" "${IMDS%/}/metadata/instance/compute/$1?api-version=$2&format=text" '' \
         --header 'Metadata: true' || case $reason in
     *'HTTP 404' | *'HTTP 410' | *'HTTP 429' | *'HTTP 5'?? | *[!0-9]) return 1 ;; # the last: no status
     *) return 2 ;; # any other status
     esac
     trim "$body"
-    reason="${1##*/}: no valid hostname"
-    [ -n "$value" ]
+    reason="${1##*/}: ${3-}"
+    [ -n "$value" ] || [ -z "${3-}" ]
+}
+
+optional() { # STEP LEAF: ask IMDS for what may not be there; $value is empty then
+    retry "$1" 5 metadata "$2" 2021-02-01 && return
+    case $status in 400 | 404) value='' && return ;; esac # 400: an IMDS that does not know it
+    retry "$1" "$ATTEMPTS" metadata "$2" 2021-02-01
 }
 
 hostname() {
     say 'Retrieving hostname from IMDS'
-    retry hostname 5 metadata osProfile/computerName 2021-02-01 ||
-        retry hostname "$ATTEMPTS" metadata name 2019-06-01 || return
+    retry hostname 5 metadata osProfile/computerName 2021-02-01 'no valid hostname' ||
+        retry hostname "$ATTEMPTS" metadata name 2019-06-01 'no valid hostname' || return
     case $value in *.*) longest=64 ;; *) longest=63 ;; esac # Linux takes 64 in all, DNS 63 between two dots
     case $value in *[!A-Za-z0-9._-]* | [!A-Za-z0-9]* | *[!A-Za-z0-9] | *..*) longest=0 ;; esac
     [ "${#value}" -le "$longest" ] || { reason='no valid hostname' && return 1; }
     say "Hostname: $value"
-    run hostnamectl set-hostname "$value" || set_hostname "$value"
-}
-
-set_hostname() { # NAME: without hostnamectl
-    reason='cannot write /etc/hostname'
-    { umask 022 && printf '%s\n' "$1" >/etc/hostname.new && mv -f /etc/hostname.new /etc/hostname; } 2>/dev/null ||
-        { rm -f /etc/hostname.new; return 1; }
+    run hostnamectl set-hostname "$value" && return
+    put /etc/hostname 644 '' printf '%s\n' "$value" || return
     reason="cannot set the kernel's hostname"
-    { command hostname "$1" || printf '%s\n' "$1" >/proc/sys/kernel/hostname; } 2>/dev/null
+    { command hostname "$value" || printf '%s\n' "$value" >/proc/sys/kernel/hostname; } 2>/dev/null
 }
 
 disable() {
@@ -227,22 +273,178 @@ disable() {
     say 'Disabled azure-provisioning.service'
 }
 
+user() {
+    say 'Retrieving user from IMDS'
+    retry user "$ATTEMPTS" metadata osProfile/adminUsername 2021-02-01 'no valid user name' || return
+    user=$value reason='no valid user name'
+    valid_user "$user" || return
+    say "User: $user"
+    ssh_keys || return
+    shell=$(command -v /bin/bash || say /bin/sh)
+    account "$user" /etc/passwd || run useradd -m -s "$shell" "$user" || run adduser -D -s "$shell" "$user"
+    [ -z "$dry_run" ] || return 0
+    reason='neither useradd nor adduser made the user'
+    account "$user" /etc/shadow || account "$user" /etc/passwd || return
+    reason='chpasswd failed' # with '!', sshd without PAM takes no key, either; '*' is just no password
+    case $secret in '!'*) say "$user:*" | run chpasswd -e || return ;; esac
+    account "$user" /etc/passwd && authorize && grant
+}
+
+valid_user() { [ "$1" != root ] && printf '%s\n' "$1" | grep -Eqx '[A-Za-z_][A-Za-z0-9._-]{0,31}'; }
+
+account() { # NAME FILE: find it in /etc/passwd or /etc/shadow; sets $secret, $owner and $home
+    while IFS=: read -r name secret uid gid _ home _; do
+        [ "$name" != "$1" ] || { owner=$uid:$gid && return; }
+    done 2>/dev/null <"$2"
+    return 1
+}
+
+ssh_keys() { # sets $keys, a line each
+    optional user publicKeys || return
+    list=$value keys='' number=0 IFS=$SPACE
+    for entry in $list; do
+        reason='publicKeys: no valid list' # 0/ 1/ 2/ and so on
+        [ "${entry%/}" = $number ] && [ $number -lt 100 ] || return 1
+        optional user publicKeys/$number/keyData || return
+        trim "$(printf '%s' "${value:+$body}" | tr -d '\r\n')" # a key may be broken into lines
+        { printf '%s\n' "$value" | grep -Eqx "$KEY" && say "SSH key: ${value%% *}" && keys=$keys$value$NEWLINE; } ||
+            complain "user: publicKeys/$number: no OpenSSH public key"
+        number=$((number + 1))
+    done
+    [ -z "$keys" ] || return 0
+    optional user osProfile/disablePasswordAuthentication || return
+    reason='no valid SSH key, and no password'
+    [ "$value" = false ]
+}
+
+authorize() { # let the user of $home in with $keys
+    [ -n "$keys" ] || return 0
+    for file in "$home/.ssh" "$home/.ssh/authorized_keys"; do
+        [ ! -L "$file" ] || { reason="$file: a symlink is in the way" && return 1; }
+    done
+    reason="cannot make $home/.ssh" # and the home, where an earlier run was cut off
+    run mkdir -p "$home/.ssh" && run chown -h "$owner" "$home" "$home/.ssh" && run chmod 700 "$home/.ssh" &&
+        run chmod go-w "$home" || return
+    known=$(cat "$home/.ssh/authorized_keys" 2>/dev/null) IFS=$NEWLINE
+    known=$known${known:+$NEWLINE}
+    for key in $keys; do
+        blob=${key#* }
+        blob="${key%% *} ${blob%% *}"
+        case $NEWLINE$known in *"$NEWLINE$blob "* | *"$NEWLINE$blob$NEWLINE"*) ;; *) known=$known$key$NEWLINE ;; esac
+    done
+    put "$home/.ssh/authorized_keys" 600 "$owner" printf %s "$known"
+}
+
+grant() { # sudo or doas to the user, without a password
+    doas=/etc/doas.conf
+    [ ! -d /etc/doas.d ] || doas=/etc/doas.d/azure-provisioning.conf
+    rule="$user ALL=(ALL:ALL) NOPASSWD:ALL" rules=$(grep -vxF "permit nopass $user" $doas 2>/dev/null)
+    rules="${rules:+$rules$NEWLINE}permit nopass $user"
+    { say "$rule" | run visudo -q -c -f - && put /etc/sudoers.d/azure-provisioning 440 '' printf '%s\n' "$rule"; } ||
+        { say "$rules" | run doas -C /dev/stdin && put $doas 440 '' printf '%s\n' "$rules"; } ||
+        complain "user: neither sudo nor doas takes a rule for $user"
+}
+
+dvd() { # read the DVD that is in the drive on the first boot
+    reason='ovf-env.xml: no DVD'
+    [ -e /dev/sr0 ] && mkdir -p $RUNTIME/dvd &&
+        call mount -t udf,iso9660 -o ro,nosuid,nodev,noexec /dev/sr0 $RUNTIME/dvd || return
+    body=$(head -c $DATA_LIMIT $RUNTIME/dvd/ovf-env.xml 2>/dev/null | tr '\000' '\001')
+    call umount $RUNTIME/dvd
+    reason='ovf-env.xml: not an OVF environment'
+    parse Environment
+}
+
+password() {
+    say 'Retrieving password from the DVD'
+    retry password 5 dvd || return
+    reason='no valid user name'
+    valid_user "${user_name-}" || return
+    reason='no valid password'
+    case ${user_password-} in *['<'$CONTROL]* | *'&#'*) return 1 ;; esac
+    password=$(TEXT=${user_password-} printenv TEXT | # what is an argument or in a file can be seen
+        sed "s/&lt;/</g; s/&gt;/>/g; s/&quot;/\"/g; s/&apos;/'/g; s/&amp;/\&/g")
+    [ ${#password} -le 72 ] || return
+    reason='chpasswd failed'
+    [ -z "$password" ] || { TEXT=$user_name:$password printenv TEXT | run chpasswd && say "Password set"; } || return
+    case ${no_passwords-} in [Tt][Rr][Uu][Ee]) sshd no ;; [Ff][Aa][Ll][Ss][Ee]) sshd yes ;; esac
+}
+
+sshd() { # ANSWER: whether it takes passwords, at either of its two prompts; of each, the first line counts
+    [ -e /etc/ssh/sshd_config ] || return 0
+    others=$(sed '1,2{/^PasswordAuthentication /d;/^KbdInteractiveAuthentication /d;}' /etc/ssh/sshd_config)
+    put /etc/ssh/sshd_config 644 '' printf '%s %s\n%s %s\n%s\n' PasswordAuthentication "$1" \
+        KbdInteractiveAuthentication "$1" "$others" || return
+    say "PasswordAuthentication: $1"
+    run systemctl try-reload-or-restart sshd.service || run systemctl try-reload-or-restart ssh.service ||
+        run rc-service --ifstarted sshd reload || :
+}
+
+data() {
+    say 'Retrieving user data from IMDS'
+    optional data userData && save userData user-data || return
+    say 'Retrieving custom data from the DVD'
+    ! retry data 5 dvd || { trim "${custom_data-}" && save customData custom-data; }
+}
+
+save() { # LABEL NAME: write $value, which is base64, to a file of $STATE; without one, remove that of another VM
+    file=$STATE/$2 reason="$1: no base64"
+    [ -n "$value" ] || { run rm -f "$file" && say "$1: none" && return; }
+    value=$(TEXT=$value printenv TEXT | tr -d ' ')
+    printf '%s\n' "$value" | grep -Eqx "$BASE64" || return
+    reason="cannot write $file"
+    TEXT=$value printenv TEXT | put "$file" 600 '' base64 -d && say "$1: $file"
+}
+
+publish() {
+    interface='' reason='no default route'
+    while IFS=$SPACE read -r name destination _; do
+        [ "$destination" != 00000000 ] || interface=${interface:-$name}
+    done </proc/self/net/route
+    [ -n "$interface" ] || return
+    reason="no DHCP client renewed the lease of $interface"
+    run networkctl reconfigure "$interface" || run nmcli device reapply "$interface" || run dhcpcd -n "$interface" ||
+        { run dhclient -1 -q -sf /bin/true "$interface" && run dhclient -x -q "$interface"; } || # a second, for once
+        run killall -USR1 udhcpc || return
+    say "Renewed the DHCP lease of $interface"
+}
+
+vm_id() { id=$({ tr A-F a-f </sys/class/dmi/id/product_uuid; } 2>/dev/null | grep -Ex '[0-9a-f-]{36}'); } # sets $id
+
+remember() {
+    reason='cannot read /sys/class/dmi/id/product_uuid'
+    vm_id && put $STATE/vm-id 600 '' printf '%s\n' "$id" && say "Remembered: $id"
+}
+
 main() { # [STEP]...
+    steps='' dry_run='' told='' IFS=$SPACE
     for step; do
         case $step in
-        ready | hostname | disable) ;;
+        ready | hostname | disable | user | password | data | publish | remember) steps="$steps $step" ;;
+        -n | --dry-run) dry_run=yes ;;
         -h | --help) say "$USAGE" && exit ;;
         --version) say "azure-provisioning $VERSION" && exit ;;
         *) misused "unknown step or option: $step" ;;
         esac
     done
-    [ $# -gt 0 ] || set -- ready hostname disable
     check_url AZURE_PROVISIONING_WIRESERVER "$WIRESERVER"
     check_url AZURE_PROVISIONING_IMDS "$IMDS"
     check_number AZURE_PROVISIONING_ATTEMPTS "$ATTEMPTS" 1
     check_number AZURE_PROVISIONING_INTERVAL "$INTERVAL" 0
     check_number AZURE_PROVISIONING_TIMEOUT "$TIMEOUT" 1
-    for step; do "$step" || { complain "$step: $reason"; exit 1; }; done
+    # shellcheck disable=SC2086 # words
+    set -- ${steps:-ready hostname disable}
+    case $steps' ' in
+    *' remember '*) vm_id && [ "$id" = "$(cat $STATE/vm-id 2>/dev/null)" ] && say "Already provisioned: $id" && exit ;;
+    esac
+    for step; do
+        shift # what is left in "$@" is still to come
+        [ "$step" != ready ] || told=yes
+        "$step" && continue
+        complain "$step: $reason"
+        case $told:" $* " in :*' ready '*) not_ready "$step: $reason" ;; esac
+        exit 1
+    done
 }
 
 main "$@"

@@ -25,6 +25,12 @@ ENDPOINTS = {  # what is asked for -> the request line, but for the path of a ba
     'health': 'POST /machine?comp=health',
     'computerName': 'GET /metadata/instance/compute/osProfile/computerName?api-version=2021-02-01&format=text',
     'name': 'GET /metadata/instance/compute/name?api-version=2019-06-01&format=text',
+    'adminUsername': 'GET /metadata/instance/compute/osProfile/adminUsername?api-version=2021-02-01&format=text',
+    'publicKeys': 'GET /metadata/instance/compute/publicKeys?api-version=2021-02-01&format=text',
+    'keyData': 'GET /metadata/instance/compute/publicKeys/N/keyData?api-version=2021-02-01&format=text',  # any N
+    'disablePasswordAuthentication': 'GET /metadata/instance/compute/osProfile/disablePasswordAuthentication'
+                                     '?api-version=2021-02-01&format=text',
+    'userData': 'GET /metadata/instance/compute/userData?api-version=2021-02-01&format=text',
 }
 FAULTS = ('silent', 'close', 'reset', 'drip', 'endless', 'endless-lines', 'endless-chunks', 'gigabyte')
 LONGEST = 60  # seconds that a fault goes on, should nobody hang up
@@ -55,6 +61,7 @@ def loopback_only():
         if shutil.which('unshare') and subprocess.call(isolate + [sys.executable, '-c', ''],
                                                        stderr=subprocess.DEVNULL) == 0:
             os.execvp('unshare', isolate + [sys.executable] + sys.argv)
+        os.environ['LOOPBACK_ONLY'] = 'failed'
         print('no network namespace can be had: going on with loopback addresses alone')
     elif not reachable():
         with socket.socket() as control:  # lo is down in a new namespace: SIOCSIFFLAGS, IFF_UP
@@ -83,7 +90,7 @@ def children(pid):
 
 def endpoint_of(line):
     """What a request line asks for, or None."""
-    method, _, target = line.partition(' ')
+    method, _, target = re.sub('/publicKeys/[0-9]+/', '/publicKeys/N/', line).partition(' ')
     for endpoint, asked in ENDPOINTS.items():
         if method == asked.partition(' ')[0] and target.endswith(asked.partition(' ')[2]):
             return endpoint

@@ -12,8 +12,8 @@ import re
 import subprocess
 from xml.sax.saxutils import escape
 
-from boot import BLOCK, expect, is_provisioned, main
-from host import GOOD, Answer, Azure
+from boot import BLOCK, SILENT, expect, is_provisioned, main
+from host import ENDPOINTS, GOOD, Answer, Azure
 
 STEPS = 'user password data hostname ready remember'
 USER = 'azureuser'
@@ -42,6 +42,12 @@ UUIDS = ['11111111-2222-3333-4444-%012d\n' % number for number in range(2)]
 BAD_REQUEST = Answer('http', b'HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n')
 KEYS = {'id_rsa': ['rsa'], 'id_ed25519': ['ed25519'], 'id_ecdsa256': ['ecdsa', '-b', '256'],
         'id_ecdsa384': ['ecdsa', '-b', '384'], 'id_ecdsa521': ['ecdsa', '-b', '521']}
+POINTS = [  # of a run: an endpoint that is silent; or a command that does not end, and what it does before
+    ('adminUsername', '', ''), ('keyData', '', ''), ('', 'useradd', ''),
+    ('', 'useradd', '/usr/sbin/useradd -M -s "$3" "$4"'), ('', 'chpasswd', ''), ('', 'chown', ''), ('', 'visudo', ''),
+    ('', 'mount', ''), ('', 'umount', ''), ('', 'chpasswd', '[ $# = 0 ] || exec /usr/sbin/chpasswd "$@"'),
+    ('', 'systemctl', '[ "$1" = try-reload-or-restart ] || exec /usr/bin/systemctl "$@"'), ('userData', '', ''),
+    ('computerName', '', ''), ('health', '', '')]
 NEEDED = ['/usr/sbin/sshd', '/usr/bin/ssh', '/usr/bin/sudo', '/usr/sbin/visudo', '/usr/sbin/useradd']
 
 
@@ -54,7 +60,7 @@ def has_user(machine, *keys, disable='false'):
     """Prepare a machine whose user has keys and a password, and return the answers of its Azure host."""
     machine.write('azure-provisioning-tests/dvd/ovf-env.xml', ovf(disable))
     (machine.state / 'product_uuid').write_text(UUIDS[0])
-    machine.write('usr/local/sbin/mount', MOUNT, 0o755)
+    machine.write('usr/local/bin/mount', MOUNT, 0o755)
     machine.write('etc/tmpfiles.d/dvd.conf', 'f /dev/sr0\n')
     machine.write('etc/hosts', '127.0.0.1 localhost web-1\n')  # for sudo
     machine.write('azure-provisioning-tests/logins.d/user', USER)
@@ -202,10 +208,34 @@ def again(machine):
     is_same(*states)
 
 
+def power_cut(machine):
+    """Everything is killed at each point of a run: the next boot ends as if nothing had been."""
+    answers = has_user(machine, 'id_ed25519')
+    image = machine.state / 'image'
+    subprocess.run(['cp', '-a', str(machine.upper), str(image)], check=True)
+    with Azure(answers) as host:
+        is_ready(machine.boot(), host)
+    whole = end_state(machine)
+    for silent, blocked, before in POINTS:
+        subprocess.run(['rm', '-rf', str(machine.upper)], check=True)
+        subprocess.run(['cp', '-a', str(image), str(machine.upper)], check=True)
+        wanted = 'GET /in-%s-' % blocked if blocked else ENDPOINTS[silent].replace('/N/', '/0/')
+        if blocked:
+            machine.write('usr/local/sbin/' + blocked, BLOCK.replace('\n', '\n%s\n' % before, 1) % blocked, 0o755)
+        with Azure(dict(answers, **{silent: SILENT})) as host:
+            machine.boot(lambda up: any(wanted in request.line for request in host.requests))
+        assert machine.cut, (silent, blocked, host.requests)
+        if blocked:
+            (machine.upper / 'usr/local/sbin' / blocked).unlink()
+        with Azure(answers) as host:
+            is_ready(machine.boot(), host)
+        is_same(end_state(machine), whole)
+
+
 def is_same(state, other):
-    differ = {path: (state.get(path), other.get(path)) for path in set(state) | set(other)
-              if state.get(path) != other.get(path)}
-    assert not differ, differ
+    differ = ['%s: %.200s, %.200s' % (path, state.get(path), other.get(path)) for path in sorted(set(state) | set(other))
+              if state.get(path) != other.get(path)]
+    assert not differ, '\n'.join(differ)
 
 
 def not_ready(machine):
@@ -220,9 +250,9 @@ def not_ready(machine):
 
 
 password.steps = no_passwords.steps = recapture.steps = STEPS
-again.steps = 'user password data hostname ready'
+again.steps = power_cut.steps = 'user password data hostname ready'
 not_ready.steps = 'user hostname ready'
-CHECKS = [keys, password, no_passwords, recapture, again, not_ready]
+CHECKS = [keys, password, no_passwords, recapture, again, power_cut, not_ready]
 
 if __name__ == '__main__':
     main(__doc__, CHECKS, NEEDED)

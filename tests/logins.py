@@ -56,19 +56,22 @@ def ovf(disable):
     return OVF.format(USER, escape(PASSWORD, {'"': '&quot;', "'": '&apos;'}), disable)
 
 
-def has_user(machine, *keys, disable='false'):
-    """Prepare a machine whose user has keys and a password, and return the answers of its Azure host."""
-    machine.write('azure-provisioning-tests/dvd/ovf-env.xml', ovf(disable))
-    (machine.state / 'product_uuid').write_text(UUIDS[0])
-    machine.write('usr/local/bin/mount', MOUNT, 0o755)
-    machine.write('etc/tmpfiles.d/dvd.conf', 'f /dev/sr0\n')
-    machine.write('etc/hosts', '127.0.0.1 localhost web-1\n')  # for sudo
+def has_user(machine, *keys):
+    """Prepare a machine for a user with keys, and return the answers of its Azure host."""
     machine.write('azure-provisioning-tests/logins.d/user', USER)
     machine.write('azure-provisioning-tests/logins.d/password', PASSWORD)
+    machine.write('etc/hosts', '127.0.0.1 localhost web-1\n')  # for sudo
     for link in 'sshd.service', 'multi-user.target.wants/ssh.service':  # as its package has it
-        if not (machine.units / link).is_symlink():
-            (machine.units / link).symlink_to('/lib/systemd/system/ssh.service')
+        (machine.units / link).symlink_to('/lib/systemd/system/ssh.service')
     return answers([make_key(machine, name) for name in keys])
+
+
+def has_dvd(machine, disable='false'):
+    """Give a machine what it takes for a DVD, and an id."""
+    machine.write('azure-provisioning-tests/dvd/ovf-env.xml', ovf(disable))
+    machine.write('usr/local/bin/mount', MOUNT, 0o755)
+    machine.write('etc/tmpfiles.d/dvd.conf', 'f /dev/sr0\n')
+    (machine.state / 'product_uuid').write_text(UUIDS[0])
 
 
 def make_key(machine, name):
@@ -90,11 +93,11 @@ def answers(keys):
     return dict(GOOD, keyData=[Answer('body', key.encode()) for key in keys], **leaves)
 
 
-def boot_and_log_in(machine):
+def boot_and_log_in(machine, *options):
     """Boot a machine that logs in to itself in the end; return the report."""
     machine.write('etc/systemd/system/report.service.d/logins.conf',
                   '[Service]\nExecStartPost=/azure-provisioning-tests/logins\n')
-    return machine.boot()
+    return machine.boot(*options)
 
 
 def is_ready(report, host):
@@ -158,6 +161,7 @@ keys.steps = 'user hostname ready disable'
 
 def password(machine):
     """The password on the DVD lets in, too, and stands nowhere; what else is on the DVD is for root alone."""
+    has_dvd(machine)
     with Azure(has_user(machine, 'id_ed25519')) as host:
         report = boot_and_log_in(machine)
         is_ready(report, host)
@@ -176,7 +180,8 @@ def password(machine):
 
 def no_passwords(machine):
     """Where the DVD says that sshd is to take no password, it takes none, though one is set."""
-    with Azure(has_user(machine, 'id_ed25519', disable='true')) as host:
+    has_dvd(machine, disable='true')
+    with Azure(has_user(machine, 'id_ed25519')) as host:
         report = boot_and_log_in(machine)
         is_ready(report, host)
     let_in(report, 'id_ed25519')
@@ -185,6 +190,7 @@ def no_passwords(machine):
 
 def recapture(machine):
     """The second boot of a VM asks nothing; an image of it, which is another VM, provisions."""
+    has_dvd(machine)
     answers = has_user(machine, 'id_ed25519')
     for uuid, posts in (UUIDS[0], 1), (UUIDS[0], 0), (UUIDS[1], 1):
         machine.write('etc/hostname', 'image\n')
@@ -199,6 +205,7 @@ def recapture(machine):
 
 def again(machine):
     """A second run changes nothing."""
+    has_dvd(machine)
     answers = has_user(machine, 'id_rsa', 'id_ed25519')
     states = []
     for _ in range(2):
@@ -210,6 +217,7 @@ def again(machine):
 
 def power_cut(machine):
     """Everything is killed at each point of a run: the next boot ends as if nothing had been."""
+    has_dvd(machine)
     answers = has_user(machine, 'id_ed25519')
     image = machine.state / 'image'
     subprocess.run(['cp', '-a', str(machine.upper), str(image)], check=True)

@@ -364,8 +364,8 @@ def why_not(options, needed):
     if os.getuid() != 0:
         return 'not root'
     init = '/sbin/openrc' if options.openrc else '/lib/systemd/systemd'
-    for each in ['unshare', 'setpriv', 'ip', 'systemctl'] + [options.tree + path for path in (init, *needed)]:
-        if not shutil.which(each):
+    for each in ('unshare', 'setpriv', 'ip', 'systemctl', init, *needed):
+        if not shutil.which(options.tree.rstrip('/') + each if each[0] == '/' else each):  # a path is one in the tree
             return 'no ' + each
     with tempfile.TemporaryDirectory() as scratch:
         mounts = """
@@ -392,7 +392,7 @@ def hold(check, program, options):
 
 
 def main(about, checks, needed=()):
-    """Hold the programs against the checks, in boots of a tree that has what is needed."""
+    """Hold the programs against the checks, where this machine has the commands and the tree the paths needed."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--tree', default='/')
     parser.add_argument('--openrc', action='store_true', help='TREE has OpenRC in the place of systemd')

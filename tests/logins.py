@@ -5,7 +5,7 @@ As boot.py, but with the steps that make a user with SSH keys and a password. Th
 the real ssh and sshd. A namespace cannot mount a DVD: here /dev/sr0 is a file and the command mount binds a folder;
 vm.py has the real ones.
 Prints a line a check, in TAP. Exit status: 0 all passed or were skipped, 1.
-Needs root, systemd, iproute2 and ssh-keygen; OpenSSH and sudo in TREE.
+Needs root, systemd, iproute2 and ssh-keygen, and in TREE OpenSSH, sudo and useradd.
 """
 import os
 import re
@@ -48,7 +48,7 @@ POINTS = [  # of a run: an endpoint that is silent; or a command that does not e
     ('', 'mount', ''), ('', 'umount', ''), ('', 'chpasswd', '[ $# = 0 ] || exec /usr/sbin/chpasswd "$@"'),
     ('', 'systemctl', '[ "$1" = try-reload-or-restart ] || exec /usr/bin/systemctl "$@"'), ('userData', '', ''),
     ('computerName', '', ''), ('health', '', '')]
-NEEDED = ['/usr/sbin/sshd', '/usr/bin/ssh', '/usr/bin/sudo', '/usr/sbin/visudo', '/usr/sbin/useradd']
+NEEDED = ['ssh-keygen', '/usr/sbin/sshd', '/usr/bin/ssh', '/usr/bin/sudo', '/usr/sbin/visudo', '/usr/sbin/useradd']
 
 
 def ovf(disable):
@@ -118,11 +118,13 @@ def let_in(report, *ways):
 def files(machine, *folders):
     """What a machine's boots wrote below folders: mode, owner and content of each path."""
     found = {}
-    for folder in folders:
-        for path in (machine.upper / folder).rglob('*'):
-            status = path.lstat()
-            content = os.fsencode(os.readlink(str(path))) if path.is_symlink() else path.read_bytes() if path.is_file() else b''
-            found[str(path.relative_to(machine.upper))] = oct(status.st_mode)[-4:], status.st_uid, status.st_gid, content
+    for path in [path for folder in folders for path in (machine.upper / folder).rglob('*')]:
+        status, content = path.lstat(), b''
+        if path.is_symlink():
+            content = os.fsencode(os.readlink(str(path)))
+        elif path.is_file():
+            content = path.read_bytes()
+        found[str(path.relative_to(machine.upper))] = oct(status.st_mode), status.st_uid, status.st_gid, content
     return found
 
 
@@ -151,7 +153,7 @@ def keys(machine):
         report = boot_and_log_in(machine)
         is_provisioned(report, host.posts())
     let_in(report, *KEYS)
-    is_readable_by(machine, {'home/azureuser': ('755', 1), 'home/azureuser/.ssh': ('700', 1),
+    is_readable_by(machine, {'home/azureuser/.ssh': ('700', 1),
                              'home/azureuser/.ssh/authorized_keys': ('600', 1),
                              'etc/sudoers.d/azure-provisioning': ('440', 0)})
 
@@ -241,8 +243,8 @@ def power_cut(machine):
 
 
 def is_same(state, other):
-    differ = ['%s: %.200s, %.200s' % (path, state.get(path), other.get(path)) for path in sorted(set(state) | set(other))
-              if state.get(path) != other.get(path)]
+    differ = ['%s: %.200s, %.200s' % (path, state.get(path), other.get(path))
+              for path in sorted(set(state) | set(other)) if state.get(path) != other.get(path)]
     assert not differ, '\n'.join(differ)
 
 

@@ -7,13 +7,18 @@ vm.py has the real ones.
 Prints a line a check, in TAP. Exit status: 0 all passed or were skipped, 1.
 Needs root, systemd, iproute2 and ssh-keygen, and in TREE OpenSSH, sudo and useradd.
 """
+import contextlib
 import os
+import pathlib
 import re
+import socket
 import subprocess
+import threading
 from xml.sax.saxutils import escape
 
 from boot import BLOCK, SILENT, expect, is_provisioned, main
 from host import ENDPOINTS, GOOD, Answer, Azure
+from tap import Skipped
 
 STEPS = 'user password data hostname ready remember'
 USER = 'azureuser'
@@ -42,6 +47,7 @@ UUIDS = ['11111111-2222-3333-4444-%012d\n' % number for number in range(2)]
 BAD_REQUEST = Answer('http', b'HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n')
 KEYS = {'id_rsa': ['rsa'], 'id_ed25519': ['ed25519'], 'id_ecdsa256': ['ecdsa', '-b', '256'],
         'id_ecdsa384': ['ecdsa', '-b', '384'], 'id_ecdsa521': ['ecdsa', '-b', '521']}
+NO_IPV6 = 'LinkLocalAddressing=no\nIPv6AcceptRA=no\n'
 POINTS = [  # of a run: an endpoint that is silent; or a command that does not end, and what it does before
     ('adminUsername', '', ''), ('keyData', '', ''), ('', 'useradd', ''),
     ('', 'useradd', '/usr/sbin/useradd -M -s "$3" "$4"'), ('', 'chpasswd', ''), ('', 'chown', ''), ('', 'visudo', ''),
@@ -259,10 +265,75 @@ def not_ready(machine):
                     'azure-provisioning.service:ActiveState': 'failed'})
 
 
+def publish(machine):
+    """A DHCP server learns the hostname, of systemd-networkd, though the lease was there before it was set."""
+    if not pathlib.Path(machine.tree, 'lib/systemd/systemd-networkd').exists():
+        raise Skipped('no systemd-networkd')
+    machine.write('etc/systemd/network/client.network', '[Match]\nName=client\n[Network]\nDHCP=ipv4\n' + NO_IPV6)
+    machine.write('etc/systemd/network/server.network', '[Match]\nName=server\n[Network]\nAddress=10.0.0.1/24\n' + NO_IPV6)
+    wanted = machine.units / 'multi-user.target.wants/systemd-networkd.service'
+    wanted.symlink_to('/lib/systemd/system/systemd-networkd.service')
+    subprocess.run(['ip', 'link', 'add', 'server', 'type', 'veth', 'peer', 'name', 'client'], check=True)
+    try:
+        with Azure() as host, DHCP('server') as dhcp:
+            machine.boot(lambda up: dhcp.names[-1:] == ['web-1'] and not machine.enabled())
+            assert machine.cut and len(host.posts()) == 1, (dhcp.names, host.requests)
+        assert dhcp.names[0] == 'image', dhcp.names
+    finally:
+        subprocess.run(['ip', 'link', 'delete', 'server'], check=True)
+
+
+class DHCP:
+    """A DHCP server on an interface, for a single client: notes the hostnames that it is asked for an address with."""
+
+    def __init__(self, interface):
+        self.names = []
+        self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        self.socket.bind(('', 67))
+
+    def __enter__(self):
+        threading.Thread(target=self.serve, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(OSError):  # it is not connected, but this ends the recv
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+
+    def serve(self):
+        while True:
+            try:
+                request = self.socket.recv(4096)
+            except OSError:
+                return
+            options, position = {}, 240  # behind the fixed part and the magic number
+            while position < len(request) and request[position] not in (0, 255):
+                code, length = request[position:position + 2]
+                options[code] = request[position + 2:position + 2 + length]
+                position += 2 + length
+            answer = {b'\1': b'\2', b'\3': b'\5'}.get(options.get(53))  # DISCOVER: OFFER; REQUEST: ACK
+            if answer is None:
+                continue
+            if answer == b'\5':
+                self.names.append(options.get(12, b'').decode())
+            us = socket.inet_aton('10.0.0.1')
+            reply = b'\2' + request[1:16] + socket.inet_aton('10.0.0.2') + us + request[24:240]
+            for code, value in (53, answer), (54, us), (51, b'\0\0\x0e\x10'), (1, b'\xff\xff\xff\0'), (
+                    3, socket.inet_aton('10.0.0.254')):
+                reply += bytes([code, len(value)]) + value
+            self.socket.sendto(reply + b'\xff', ('255.255.255.255', 68))
+
+
+publish.drop_in = """[Service]
+ExecStartPre=/bin/sh -c 'until cut -f 2 /proc/self/net/route | grep -q 00000000; do sleep .1; done'
+"""  # a lease, as no other network is to be waited for
+publish.steps = 'hostname publish ready disable'
 password.steps = no_passwords.steps = recapture.steps = STEPS
 again.steps = power_cut.steps = 'user password data hostname ready'
 not_ready.steps = 'user hostname ready'
-CHECKS = [keys, password, no_passwords, recapture, again, power_cut, not_ready]
+CHECKS = [keys, password, no_passwords, recapture, again, power_cut, not_ready, publish]
 
 if __name__ == '__main__':
     main(__doc__, CHECKS, NEEDED)

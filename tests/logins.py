@@ -7,11 +7,13 @@ vm.py has the real ones.
 Prints a line a check, in TAP. Exit status: 0 all passed or were skipped, 1.
 Needs root, systemd, iproute2 and ssh-keygen, and in TREE OpenSSH, sudo and useradd.
 """
+import base64
 import contextlib
 import os
 import pathlib
 import re
 import socket
+import struct
 import subprocess
 import threading
 from xml.sax.saxutils import escape
@@ -153,15 +155,32 @@ def is_readable_by(machine, wanted):
         assert found == (mode, users[owner]), (path, found)
 
 
+def on_token(key):
+    """The public key as if its private one were on a FIDO token: another type, and an application in the end."""
+    kind, blob, comment = key.split(' ', 2)
+    other = kind.replace('ecdsa-', 'sk-ecdsa-').replace('ssh-', 'sk-ssh-') + '@openssh.com'
+    blob = base64.b64decode(blob)[4 + len(kind):] + struct.pack('>I4s', 4, b'ssh:')
+    blob = struct.pack('>I', len(other)) + other.encode() + blob
+    return ' '.join([other, base64.b64encode(blob).decode(), comment])
+
+
 def keys(machine):
     """The user is made; each of its SSH keys lets in, with PAM and without, and sudo there asks for no password."""
-    with Azure(has_user(machine, *KEYS)) as host:
+    answers = has_user(machine, *KEYS)
+    by_name = dict(zip(KEYS, answers['keyData']))
+    for name in 'id_ed25519', 'id_ecdsa256':  # there is no token here to log in with
+        answers['keyData'].append(Answer('body', on_token(by_name[name].data.decode()).encode()))
+    answers['publicKeys'] = [Answer('body', b'0/\n1/\n2/\n3/\n4/\n5/\n6/')]
+    with Azure(answers) as host:
         report = boot_and_log_in(machine)
         is_provisioned(report, host.posts())
     let_in(report, *KEYS)
-    is_readable_by(machine, {'home/azureuser/.ssh': ('700', 1),
-                             'home/azureuser/.ssh/authorized_keys': ('600', 1),
+    is_readable_by(machine, {'home/azureuser/.ssh': ('700', 1), 'home/azureuser/.ssh/authorized_keys': ('600', 1),
                              'etc/sudoers.d/azure-provisioning': ('440', 0)})
+    known = subprocess.run(['ssh-keygen', '-l', '-f', str(machine.upper / 'home/azureuser/.ssh/authorized_keys')],
+                           stdout=subprocess.PIPE, universal_newlines=True, check=True).stdout
+    kinds = re.findall(r'\((.*)\)$', known, re.MULTILINE)
+    assert kinds == ['RSA', 'ED25519', 'ECDSA', 'ECDSA', 'ECDSA', 'ED25519-SK', 'ECDSA-SK'], known
 
 
 keys.steps = 'user hostname ready disable'
@@ -270,7 +289,8 @@ def publish(machine):
     if not pathlib.Path(machine.tree, 'lib/systemd/systemd-networkd').exists():
         raise Skipped('no systemd-networkd')
     machine.write('etc/systemd/network/client.network', '[Match]\nName=client\n[Network]\nDHCP=ipv4\n' + NO_IPV6)
-    machine.write('etc/systemd/network/server.network', '[Match]\nName=server\n[Network]\nAddress=10.0.0.1/24\n' + NO_IPV6)
+    machine.write('etc/systemd/network/server.network',
+                  '[Match]\nName=server\n[Network]\nAddress=10.0.0.1/24\n' + NO_IPV6)
     wanted = machine.units / 'multi-user.target.wants/systemd-networkd.service'
     wanted.symlink_to('/lib/systemd/system/systemd-networkd.service')
     subprocess.run(['ip', 'link', 'add', 'server', 'type', 'veth', 'peer', 'name', 'client'], check=True)

@@ -13,7 +13,8 @@ setup() {
 
 @test "the shell of the tests is clean" {
     shellcheck tests/test tests/tree tests/container tests/image/report tests/image/probe tests/image/openrc \
-        tests/busybox/azure-host tests/busybox/report tests/stand-ins/hostnamectl tests/yardsticks/*.sh .ci/run
+        tests/image/logins tests/busybox/azure-host tests/busybox/report tests/stand-ins/hostnamectl \
+        tests/yardsticks/*.sh .ci/run
     shellcheck --shell=bats tests/project.bats
 }
 

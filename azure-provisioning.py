@@ -39,7 +39,6 @@ DRY_RUN = {'-n', '--dry-run'} & set(sys.argv)
 BODY_LIMIT = 65536  # bytes
 DATA_LIMIT = 122880  # bytes, of what has 64 KiB in base64 in it
 STATE = '/var/lib/azure-provisioning'
-RUNTIME = '/run/azure-provisioning'
 OVF = '/Environment/ProvisioningSection/LinuxProvisioningConfigurationSet'
 AGENT = {'x-ms-version': '2012-11-30', 'x-ms-agent-name': 'custom-provisioning'}
 SPACE = ' \t\n\r'  # XML's white space
@@ -50,7 +49,7 @@ PATHS = ('/GoalState/Incarnation', '/GoalState/Container/ContainerId',
 ID = '[!#-%(-;=?-~]+'  # what an id is made of: visible ASCII, but for < > & " and '
 KEY = ('(ssh-rsa AAAAB3Nz|ssh-ed25519 AAAAC3Nz|ecdsa-sha2-nistp(256|384|521) AAAAE2Vj|sk-ssh-ed25519@openssh.com '
        'AAAAGnNr|sk-ecdsa-sha2-nistp256@openssh.com AAAAInNr)[A-Za-z0-9+/=]*( [^%s]*)?') % CONTROL
-BASE64 = '([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=|[A-Za-z0-9+/][AQgw]==)?'
+BASE64 = '([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{4}|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=|[A-Za-z0-9+/][AQgw]==)'
 
 class Failed(Exception):
     """A step, or an attempt at it, came to nothing; says why."""
@@ -63,9 +62,12 @@ def need(done, reason):
 def say(*lines, file=None):
     try:
         print(*lines, sep='\n', file=file, flush=True)
-    except OSError:
+    except (OSError, UnicodeError):
         pass  # the VM is Ready whether or not somebody listens
     return True
+
+def did(line):
+    return DRY_RUN or say(line)
 
 def complain(*lines):
     say(*lines, file=sys.stderr or open(os.devnull, 'w'))  # None: closed
@@ -87,24 +89,22 @@ def call(*command, line=None):
 def run(*command, line=None):
     if not DRY_RUN:
         return call(*command, line=line)
-    return any(os.access(folder + '/' + command[0], os.X_OK) for folder in os.get_exec_path()) and say(
-        'Would run: ' + ' '.join(command))
+    return call('sh', '-c', 'command -v "$0" >/dev/null', command[0]) and say('Would run: ' + ' '.join(command))
 
 def contents(path, limit=-1):
-    """Its bytes as text; none where it cannot be read."""
-    try:
-        with open(path, encoding='latin-1', newline='') as file:
-            return file.read(limit)
-    except OSError:
+    """The bytes of a file, as text; none where there is none."""
+    if not os.path.isfile(path):
         return ''
+    with open(path, encoding='latin-1', newline='') as file:
+        return file.read(limit)
 
 def put(path, mode, owner, text):
     """Replace the file atomically. Raises Failed."""
     if DRY_RUN:
         return say('Would write ' + path)
-    call('mkdir', '-p', os.path.dirname(path))
-    call('rm', '-f', path + '.new')
     try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        call('rm', '-f', path + '.new')
         with open(path + '.new', 'xb') as file:
             file.write(text.encode('latin-1'))
         if owner:
@@ -112,7 +112,7 @@ def put(path, mode, owner, text):
         os.chmod(path + '.new', mode)
         os.replace(path + '.new', path)
     except OSError:
-        call('rm', '-f', path + '.new')
+        os.path.lexists(path + '.new') and call('rm', '-f', path + '.new')
         raise Failed('cannot write ' + path)
 
 def check_url(name, url):
@@ -157,7 +157,7 @@ def transfer(url, data, limit, headers):
             raise Failed('broken reply')
         need(not response.length, 'broken reply')  # something is still to come
         need(len(body) <= limit, 'reply too large')
-        return response.status, body
+        return response.status, b'\\0' if b'\0' in body else body  # no shell holds a NUL
 
 def retry(step, attempts, command, *arguments):
     """Call the command until it does not raise Failed; return what it returns."""
@@ -268,14 +268,14 @@ def hostname():
     if not run('hostnamectl', 'set-hostname', value):
         put('/etc/hostname', 0o644, '', value + '\n')
         try:
-            socket.sethostname(value)
+            DRY_RUN or socket.sethostname(value)
         except OSError:
             raise Failed("cannot set the kernel's hostname")
 
 def disable():
     need(run('systemctl', 'disable', 'azure-provisioning.service') or run('rc-update', 'del', 'azure-provisioning'),
          'neither systemctl nor rc-update disabled azure-provisioning')
-    say('Disabled azure-provisioning.service')
+    did('Disabled azure-provisioning.service')
 
 def user():
     say('Retrieving user from IMDS')
@@ -285,29 +285,29 @@ def user():
     keys = ssh_keys()
     shell = '/bin/bash' if os.access('/bin/bash', os.X_OK) else '/bin/sh'
     account(name, '/etc/passwd') or run('useradd', '-m', '-s', shell, name) or run('adduser', '-D', '-s', shell, name)
-    if DRY_RUN:
+    if DRY_RUN and not account(name, '/etc/passwd'):
         return
     fields = account(name, '/etc/shadow') or account(name, '/etc/passwd')
     need(fields, 'neither useradd nor adduser made the user')
     # with '!', sshd without PAM takes no key, either; '*' is just no password
-    need(fields[1][:1] != '!' or run('chpasswd', '-e', line=name + ':*'), 'chpasswd failed')
+    need(fields[1][:1] != '!' or run('chpasswd', '-e', line=name + ':*') or run('usermod', '-p', '*', name),
+         'chpasswd failed')
     authorize(account(name, '/etc/passwd'), keys)
     grant(name)
 
 def valid_user(name):
-    return name != 'root' and re.fullmatch('[A-Za-z_][A-Za-z0-9._-]{0,31}', name)
+    return name != 'root' and re.fullmatch('[A-Za-z_][A-Za-z0-9._-]{0,31}', name) and re.search('[a-z]', name)
 
-def account(name, path):
-    """Return the fields of an account in /etc/passwd or /etc/shadow, or None."""
-    return next((line.split(':') for line in contents(path).split('\n') if line.startswith(name + ':')), None)
+def account(name, path):  # the fields of one in /etc/passwd or /etc/shadow, or None
+    lines = contents(path).split('\n')
+    return next(((line + '::::').split(':') for line in lines if line.startswith(name + ':')), None)
 
 def ssh_keys():
     """Return the user's keys. Raises Failed."""
     keys = []
-    for number, entry in enumerate(trim(optional('user', 'publicKeys')).split()):  # 0/ 1/ 2/ and so on
-        need(entry in (str(number), '%d/' % number) and number < 100, 'publicKeys: no valid list')
-        key = optional('user', 'publicKeys/%d/keyData' % number)
-        key = trim(re.sub('[\r\n]', '', key))  # it may be broken into lines
+    for number, entry in enumerate(filter(None, trim(optional('user', 'publicKeys')).split(' '))):
+        need(entry in (str(number), '%d/' % number) and number < 100, 'publicKeys: no valid list')  # 0/ 1/ and so on
+        key = trim(re.sub('[\r\n]', '', optional('user', 'publicKeys/%d/keyData' % number)))  # may be broken into lines
         if re.fullmatch(KEY, key):
             say('SSH key: ' + key.split()[0])
             keys.append(key)
@@ -319,25 +319,27 @@ def ssh_keys():
 
 def authorize(fields, keys):
     """Let the user of an account in with the keys. Raises Failed."""
-    home, owner = fields[5], ':'.join(fields[2:4])
+    home, owner = os.fsdecode(fields[5].encode('latin-1')), ':'.join(fields[2:4])
     if not keys:
         return
-    for path in home + '/.ssh', home + '/.ssh/authorized_keys':
-        need(not os.path.islink(path), path + ': a symlink is in the way')
-    need(run('mkdir', '-p', home + '/.ssh') and  # and the home, where an earlier run was cut off
-         run('chown', '-h', owner, home, home + '/.ssh') and run('chmod', '700', home + '/.ssh') and
-         run('chmod', 'go-w', home), 'cannot make %s/.ssh' % home)
-    known = contents(path).rstrip('\n').split('\n')
+    folder, path = home + '/.ssh', home + '/.ssh/authorized_keys'
+    need(not os.path.islink(folder) and not os.path.islink(path), folder + ': a symlink is in the way')
+    need(os.path.isdir(home) or run('mkdir', '-p', home) and run('chown', owner, home), 'cannot make ' + folder)
+    need(run('mkdir', '-p', folder) and run('chown', '-h', owner, folder) and run('chmod', '700', folder) and
+         run('chmod', 'go-w', home), 'cannot make ' + folder)
+    known = contents(path).rstrip('\n')
+    known += known and '\n'
     for key in keys:
-        if key.split(' ')[:2] not in [line.split(' ')[:2] for line in known]:
-            known.append(key)
-    put(path, 0o600, owner, '\n'.join(known).lstrip('\n') + '\n')
+        if not re.search('(?m)^%s( |$)' % re.escape(' '.join(key.split(' ')[:2])), known):
+            known += key + '\n'
+    put(path, 0o600, owner, known)
 
 def grant(name):
     """Give the user sudo or doas, without a password. Raises Failed."""
     doas = '/etc/doas.d/azure-provisioning.conf' if os.path.isdir('/etc/doas.d') else '/etc/doas.conf'
     rule, permit = name + ' ALL=(ALL:ALL) NOPASSWD:ALL', 'permit nopass ' + name
-    rules = '\n'.join([line for line in contents(doas).split('\n') if line not in ('', permit)] + [permit])
+    others = '\n'.join(line for line in contents(doas).split('\n') if line != permit).rstrip('\n')
+    rules = others + '\n' + permit if others else permit
     if run('visudo', '-q', '-c', '-f', '-', line=rule):
         put('/etc/sudoers.d/azure-provisioning', 0o440, '', rule + '\n')
     elif run('doas', '-C', '/dev/stdin', line=rules):
@@ -347,36 +349,34 @@ def grant(name):
 
 def dvd():
     """Return the texts on the DVD that is in the drive on the first boot. Raises Failed."""
-    need(os.path.exists('/dev/sr0') and call('mkdir', '-p', RUNTIME + '/dvd') and
-         call('mount', '-t', 'udf,iso9660', '-o', 'ro,nosuid,nodev,noexec', '/dev/sr0', RUNTIME + '/dvd'),
-         'ovf-env.xml: no DVD')
-    body = contents(RUNTIME + '/dvd/ovf-env.xml', DATA_LIMIT).encode('latin-1')
-    call('umount', RUNTIME + '/dvd')
-    return parse('Environment', body, 'ovf-env.xml: not an OVF environment')
+    folder = '/run/azure-provisioning/dvd'
+    need(call('mkdir', '-p', folder) and (os.path.isfile(folder + '/ovf-env.xml') or  # a run was cut off
+         os.path.exists('/dev/sr0') and call('mount', '-t', 'udf,iso9660', '-o', 'ro,nosuid,nodev,noexec', '/dev/sr0',
+                                             folder)), 'ovf-env.xml: no DVD')
+    body = contents(folder + '/ovf-env.xml', DATA_LIMIT)
+    call('umount', folder)
+    return parse('Environment', body.encode('latin-1'), 'ovf-env.xml: not an OVF environment')
 
 def password():
     say('Retrieving password from the DVD')
     texts = retry('password', 5, dvd)
     name, secret = trim(texts[OVF + '/UserName']), texts[OVF + '/UserPassword'].encode().decode('latin-1')
     need(valid_user(name), 'no valid user name')
-    need(not re.search('[<%s]|&#' % CONTROL, secret), 'no valid password')
+    need(not re.search('[<%s]|&(?!(lt|gt|quot|apos|amp);)' % CONTROL, secret), 'no valid password')
     for entity, character in ('lt', '<'), ('gt', '>'), ('quot', '"'), ('apos', "'"), ('amp', '&'):
         secret = secret.replace('&%s;' % entity, character)
     need(len(secret) <= 72, 'no valid password')
-    if secret:
-        need(run('chpasswd', line=name + ':' + secret), 'chpasswd failed')
-        say('Password set')
+    need(not secret or run('chpasswd', line=name + ':' + secret) and did('Password set'), 'chpasswd failed')
     answer = {'true': 'no', 'false': 'yes'}.get(trim(texts[OVF + '/DisableSshPasswordAuthentication']).lower())
-    if answer and os.path.exists('/etc/ssh/sshd_config'):
-        sshd(answer)
+    answer and os.path.isfile('/etc/ssh/sshd_config') and sshd(answer)
 
 def sshd(answer):
     """Let sshd take passwords or not, at both of its prompts; of each, the first line counts. Raises Failed."""
-    lines = contents('/etc/ssh/sshd_config').split('\n')
+    lines = contents('/etc/ssh/sshd_config').rstrip('\n').split('\n')
+    settings = ['PasswordAuthentication ' + answer, 'KbdInteractiveAuthentication ' + answer]
     others = [line for line in lines[:2] if not re.match('(Password|KbdInteractive)Authentication ', line)] + lines[2:]
-    put('/etc/ssh/sshd_config', 0o644, '', 'PasswordAuthentication {0}\nKbdInteractiveAuthentication {0}\n{1}'.format(
-        answer, '\n'.join(others)))
-    say('PasswordAuthentication: ' + answer)
+    put('/etc/ssh/sshd_config', 0o644, '', '\n'.join(settings + others).rstrip('\n') + '\n')
+    did('PasswordAuthentication: ' + answer)
     (run('systemctl', 'try-reload-or-restart', 'sshd.service') or
      run('systemctl', 'try-reload-or-restart', 'ssh.service') or run('rc-service', '--ifstarted', 'sshd', 'reload'))
 
@@ -394,21 +394,21 @@ def save(label, name, value):
     """Write what is base64 to a file of STATE; without a value, remove that of another VM. Raises Failed."""
     path, value = STATE + '/' + name, re.sub('[%s]' % SPACE, '', value)
     if not value:
-        run('rm', '-f', path)
-        return say(label + ': none')
+        need(run('rm', '-f', path), 'cannot remove ' + path)
+        return did(label + ': none')
     need(re.fullmatch(BASE64, value), label + ': no base64')
     put(path, 0o600, '', binascii.a2b_base64(value).decode('latin-1'))
-    say(label + ': ' + path)
+    did(label + ': ' + path)
 
 def publish():
-    routes = re.findall('(?m)^(\\S+)\t00000000\t', contents('/proc/self/net/route'))
-    need(routes, 'no default route')
-    name = routes[0]
+    route = re.search('(?m)^([!-)+-~][!-~]*)\t00000000\t(?:\\S+\t){5}00000000\t', contents('/proc/self/net/route'))
+    need(route, 'no default route')
+    name = route.group(1)
     need(run('networkctl', 'reconfigure', name) or run('nmcli', 'device', 'reapply', name) or
          run('dhcpcd', '-n', name) or run('dhclient', '-1', '-q', '-sf', '/bin/true', name) and  # a second, for once
          run('dhclient', '-x', '-q', name) or run('killall', '-USR1', 'udhcpc'),
          'no DHCP client renewed the lease of ' + name)
-    say('Renewed the DHCP lease of ' + name)
+    did('Renewed the DHCP lease of ' + name)
 
 def vm_id():
     return ''.join(re.findall('(?m)^[0-9a-f-]{36}$', contents('/sys/class/dmi/id/product_uuid').lower()))
@@ -416,7 +416,7 @@ def vm_id():
 def remember():
     need(vm_id(), 'cannot read /sys/class/dmi/id/product_uuid')
     put(STATE + '/vm-id', 0o600, '', vm_id() + '\n')
-    say('Remembered: ' + vm_id())
+    did('Remembered: ' + vm_id())
 
 def main(arguments):
     """Run the steps; return the exit status."""
@@ -433,13 +433,13 @@ def main(arguments):
     check_number('AZURE_PROVISIONING_INTERVAL', INTERVAL, 0)
     check_number('AZURE_PROVISIONING_TIMEOUT', TIMEOUT, 1)
     to_come = [step for step in arguments if step in steps] or ['ready', 'hostname', 'disable']
-    if 'remember' in to_come and vm_id() and contents(STATE + '/vm-id') == vm_id() + '\n':
+    if 'remember' in to_come and vm_id() and contents(STATE + '/vm-id').rstrip('\n') == vm_id():
         say('Already provisioned: ' + vm_id())
         return 0
     for number, step in enumerate(to_come):
         try:
             steps[step]()
-        except Failed as failure:
+        except (Failed, OSError) as failure:
             complain('%s: %s' % (step, failure))
             if 'ready' in to_come[number:] and 'ready' not in to_come[:number + 1]:
                 not_ready('%s: %s' % (step, failure) + (failure.__cause__ and ': %s' % failure.__cause__ or ''))

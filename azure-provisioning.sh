@@ -32,8 +32,8 @@ INTERVAL=${AZURE_PROVISIONING_INTERVAL-5}
 TIMEOUT=${AZURE_PROVISIONING_TIMEOUT-30}
 BODY_LIMIT=65536 # bytes
 DATA_LIMIT=122880 # bytes, of what has 64 KiB in base64 in it
+PRINT='BEGIN { print ENVIRON["TEXT"] }' # of awk: arguments and files can be seen, the environment cannot
 STATE=/var/lib/azure-provisioning
-RUNTIME=/run/azure-provisioning
 OVF=/Environment/ProvisioningSection/LinuxProvisioningConfigurationSet
 NEWLINE='
 '
@@ -42,22 +42,23 @@ CONTROL=$(printf '\001-\037\177')
 ID='!#-%(-;=?-~' # what an id is made of: visible ASCII, but for < > & " and '
 KEY='(ssh-rsa AAAAB3Nz|ssh-ed25519 AAAAC3Nz|ecdsa-sha2-nistp(256|384|521) AAAAE2Vj|sk-ssh-ed25519@openssh.com AAAAGnNr|'
 KEY=$KEY"sk-ecdsa-sha2-nistp256@openssh.com AAAAInNr)[A-Za-z0-9+/=]*( [^$CONTROL]*)?"
-BASE64='([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=|[A-Za-z0-9+/][AQgw]==)?'
+BASE64='([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{4}|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=|[A-Za-z0-9+/][AQgw]==)'
 
 say() { { printf '%s\n' "$@" || :; } 2>/dev/null; }
+did() { [ "$dry_run" ] || say "$@"; }
 complain() { say "$@" >&2; }
 misused() { complain "azure-provisioning: $1" "$USAGE"; exit 2; }
 call() { command -v "$1" >/dev/null && command "$@"; } # COMMAND [ARGUMENT]...: if there is such a command
-run() { if [ -z "$dry_run" ]; then call "$@"; else command -v "$1" >/dev/null && say "Would run: $*"; fi; }
+run() { if [ "$dry_run" ]; then IFS=$SPACE && command -v "$1" >/dev/null && say "Would run: $*"; else call "$@"; fi; }
 
 put() { # FILE MODE OWNER COMMAND [ARGUMENT]...: replace the file by what the command prints, atomically
     file=$1 mode=$2 owner=$3
     shift 3
     [ -z "$dry_run" ] || { say "Would write $file" && return; }
     reason="cannot write $file"
-    { mkdir -p "${file%/*}" && (rm -f "$file.new" && set -C && "$@" >"$file.new") && chmod "$mode" "$file.new" &&
-        { [ -z "$owner" ] || chown -h "$owner" "$file.new"; } && mv -f "$file.new" "$file"; } 2>/dev/null ||
-        { rm -f "$file.new"; return 1; }
+    { { mkdir -p "${file%/*}" && [ ! -d "$file" ] && (rm -f "$file.new" && set -C && "$@" >"$file.new") &&
+        chmod "$mode" "$file.new" && { [ -z "$owner" ] || chown -h "$owner" "$file.new"; } &&
+        mv -f "$file.new" "$file"; } || { rm -f "$file.new" && return 1; }; } 2>/dev/null
 }
 
 check_url() { # NAME URL: http://HOST[:PORT][/PATH]
@@ -133,14 +134,14 @@ retry() { # STEP ATTEMPTS COMMAND [ARGUMENT]...: until COMMAND succeeds, or retu
 }
 
 trim() { # TEXT: sets $value to its words, with a space between: a value has one
-    value='' IFS=$SPACE
-    for word in $1; do
-        [ -z "$word" ] || value=${value:+$value }$word
-    done
+    IFS=$SPACE
+    # shellcheck disable=SC2048,SC2086 # words; then without the empty ones that a CR makes
+    set -- $1 && set -- $*
+    value="$*"
 }
 
 parse() { # ROOT: read the document in $body, whose values are named at the end of tag; sets those that are in it
-    unset incarnation container instance user_name user_password no_passwords custom_data
+    unset incarnation container instance user_name user_password no_passwords custom_data password
     wanted=$1 path='' place='' root='' text='' inside='' IFS='<'
     case $body in *[$(printf '\001-\010\013\014\016-\037')]*) return 1 ;; esac # XML has no such characters
     # Between two '<' stand a tag and the text behind it, or a part of a comment or processing instruction. What is
@@ -264,13 +265,13 @@ hostname() {
     run hostnamectl set-hostname "$value" && return
     put /etc/hostname 644 '' printf '%s\n' "$value" || return
     reason="cannot set the kernel's hostname"
-    { command hostname "$value" || printf '%s\n' "$value" >/proc/sys/kernel/hostname; } 2>/dev/null
+    { [ -n "$dry_run" ] || command hostname "$value" || printf '%s\n' "$value" >/proc/sys/kernel/hostname; } 2>/dev/null
 }
 
 disable() {
     reason='neither systemctl nor rc-update disabled azure-provisioning'
     run systemctl disable azure-provisioning.service || run rc-update del azure-provisioning || return
-    say 'Disabled azure-provisioning.service'
+    did 'Disabled azure-provisioning.service'
 }
 
 user() {
@@ -282,18 +283,19 @@ user() {
     ssh_keys || return
     shell=$(command -v /bin/bash || say /bin/sh)
     account "$user" /etc/passwd || run useradd -m -s "$shell" "$user" || run adduser -D -s "$shell" "$user"
-    [ -z "$dry_run" ] || return 0
+    [ -z "$dry_run" ] || account "$user" /etc/passwd || return 0
     reason='neither useradd nor adduser made the user'
     account "$user" /etc/shadow || account "$user" /etc/passwd || return
     reason='chpasswd failed' # with '!', sshd without PAM takes no key, either; '*' is just no password
-    case $secret in '!'*) say "$user:*" | run chpasswd -e || return ;; esac
+    case $secret in '!'*) say "$user:*" | run chpasswd -e || run usermod -p '*' "$user" || return ;; esac
     account "$user" /etc/passwd && authorize && grant
 }
 
-valid_user() { [ "$1" != root ] && printf '%s\n' "$1" | grep -Eqx '[A-Za-z_][A-Za-z0-9._-]{0,31}'; }
+# sudo takes names in capitals, such as ALL, for something else
+valid_user() { printf '%s\n' "$1" | grep -Ex '[A-Za-z_][A-Za-z0-9._-]{0,31}' | grep '[a-z]' | grep -qvx root; }
 
 account() { # NAME FILE: find it in /etc/passwd or /etc/shadow; sets $secret, $owner and $home
-    while IFS=: read -r name secret uid gid _ home _; do
+    while IFS=: read -r name secret uid gid _ home _ || [ -n "$name" ]; do
         [ "$name" != "$1" ] || { owner=$uid:$gid && return; }
     done 2>/dev/null <"$2"
     return 1
@@ -319,11 +321,11 @@ ssh_keys() { # sets $keys, a line each
 
 authorize() { # let the user of $home in with $keys
     [ -n "$keys" ] || return 0
-    for file in "$home/.ssh" "$home/.ssh/authorized_keys"; do
-        [ ! -L "$file" ] || { reason="$file: a symlink is in the way" && return 1; }
-    done
-    reason="cannot make $home/.ssh" # and the home, where an earlier run was cut off
-    run mkdir -p "$home/.ssh" && run chown -h "$owner" "$home" "$home/.ssh" && run chmod 700 "$home/.ssh" &&
+    reason="$home/.ssh: a symlink is in the way"
+    [ ! -L "$home/.ssh" ] && [ ! -L "$home/.ssh/authorized_keys" ] || return
+    reason="cannot make $home/.ssh" # nor the home, if an earlier run was cut off
+    [ -d "$home" ] || { run mkdir -p "$home" && run chown "$owner" "$home"; } || return # an earlier run was cut off
+    run mkdir -p "$home/.ssh" && run chown -h "$owner" "$home/.ssh" && run chmod 700 "$home/.ssh" &&
         run chmod go-w "$home" || return
     known=$(cat "$home/.ssh/authorized_keys" 2>/dev/null) IFS=$NEWLINE
     known=$known${known:+$NEWLINE}
@@ -340,17 +342,17 @@ grant() { # sudo or doas to the user, without a password
     [ ! -d /etc/doas.d ] || doas=/etc/doas.d/azure-provisioning.conf
     rule="$user ALL=(ALL:ALL) NOPASSWD:ALL" rules=$(grep -vxF "permit nopass $user" $doas 2>/dev/null)
     rules="${rules:+$rules$NEWLINE}permit nopass $user"
-    { say "$rule" | run visudo -q -c -f - && put /etc/sudoers.d/azure-provisioning 440 '' printf '%s\n' "$rule"; } ||
-        { say "$rules" | run doas -C /dev/stdin && put $doas 440 '' printf '%s\n' "$rules"; } ||
-        complain "user: neither sudo nor doas takes a rule for $user"
+    if say "$rule" | run visudo -q -c -f -; then put /etc/sudoers.d/azure-provisioning 440 '' printf '%s\n' "$rule"
+    elif say "$rules" | run doas -C /dev/stdin; then put $doas 440 '' printf '%s\n' "$rules"
+    else complain "user: neither sudo nor doas takes a rule for $user"; fi
 }
 
 dvd() { # read the DVD that is in the drive on the first boot
-    reason='ovf-env.xml: no DVD'
-    [ -e /dev/sr0 ] && mkdir -p $RUNTIME/dvd &&
-        call mount -t udf,iso9660 -o ro,nosuid,nodev,noexec /dev/sr0 $RUNTIME/dvd || return
-    body=$(head -c $DATA_LIMIT $RUNTIME/dvd/ovf-env.xml 2>/dev/null | tr '\000' '\001')
-    call umount $RUNTIME/dvd
+    folder=/run/azure-provisioning/dvd reason='ovf-env.xml: no DVD'
+    mkdir -p $folder && { [ -f $folder/ovf-env.xml ] || { [ -e /dev/sr0 ] && # there already: a run was cut off
+        call mount -t udf,iso9660 -o ro,nosuid,nodev,noexec /dev/sr0 $folder; }; } || return
+    body=$([ ! -f $folder/ovf-env.xml ] || head -c $DATA_LIMIT $folder/ovf-env.xml | tr '\000' '\001')
+    call umount $folder
     reason='ovf-env.xml: not an OVF environment'
     parse Environment
 }
@@ -361,21 +363,23 @@ password() {
     reason='no valid user name'
     valid_user "${user_name-}" || return
     reason='no valid password'
-    case ${user_password-} in *['<'$CONTROL]* | *'&#'*) return 1 ;; esac
-    password=$(TEXT=${user_password-} printenv TEXT | # what is an argument or in a file can be seen
+    case ${user_password-} in *['<'$CONTROL]*) return 1 ;; esac
+    TEXT=${user_password-} awk "$PRINT" | sed -E 's/&(lt|gt|quot|apos|amp);//g' | grep -q '&' && return 1
+    password=$(TEXT=${user_password-} awk "$PRINT" |
         sed "s/&lt;/</g; s/&gt;/>/g; s/&quot;/\"/g; s/&apos;/'/g; s/&amp;/\&/g")
-    [ ${#password} -le 72 ] || return
+    [ -n "$password" ] || [ -z "${user_password-}" ] && [ ${#password} -le 72 ] || return
     reason='chpasswd failed'
-    [ -z "$password" ] || { TEXT=$user_name:$password printenv TEXT | run chpasswd && say "Password set"; } || return
+    [ -z "$password" ] || TEXT=$user_name:$password awk "$PRINT" 2>/dev/null | run chpasswd || return
+    [ -z "$password" ] || did 'Password set'
     case ${no_passwords-} in [Tt][Rr][Uu][Ee]) sshd no ;; [Ff][Aa][Ll][Ss][Ee]) sshd yes ;; esac
 }
 
 sshd() { # ANSWER: whether it takes passwords, at either of its two prompts; of each, the first line counts
-    [ -e /etc/ssh/sshd_config ] || return 0
+    [ -f /etc/ssh/sshd_config ] || return 0
     others=$(sed '1,2{/^PasswordAuthentication /d;/^KbdInteractiveAuthentication /d;}' /etc/ssh/sshd_config)
-    put /etc/ssh/sshd_config 644 '' printf '%s %s\n%s %s\n%s\n' PasswordAuthentication "$1" \
-        KbdInteractiveAuthentication "$1" "$others" || return
-    say "PasswordAuthentication: $1"
+    put /etc/ssh/sshd_config 644 '' printf 'PasswordAuthentication %s\nKbdInteractiveAuthentication %s\n%s' "$1" "$1" \
+        "${others:+$others$NEWLINE}" || return
+    did "PasswordAuthentication: $1"
     run systemctl try-reload-or-restart sshd.service || run systemctl try-reload-or-restart ssh.service ||
         run rc-service --ifstarted sshd reload || :
 }
@@ -389,31 +393,30 @@ data() {
 
 save() { # LABEL NAME: write $value, which is base64, to a file of $STATE; without one, remove that of another VM
     file=$STATE/$2 reason="$1: no base64"
-    [ -n "$value" ] || { run rm -f "$file" && say "$1: none" && return; }
-    value=$(TEXT=$value printenv TEXT | tr -d ' ')
-    printf '%s\n' "$value" | grep -Eqx "$BASE64" || return
+    [ -n "$value" ] || { reason="cannot remove $file" && run rm -f "$file" && did "$1: none"; return; }
+    value=$(TEXT=$value awk "$PRINT" | tr -d ' ' | grep -Ex "$BASE64") || return
     reason="cannot write $file"
-    TEXT=$value printenv TEXT | put "$file" 600 '' base64 -d && say "$1: $file"
+    TEXT=$value awk "$PRINT" 2>/dev/null | put "$file" 600 '' base64 -d && did "$1: $file"
 }
 
 publish() {
     interface='' reason='no default route'
-    while IFS=$SPACE read -r name destination _; do
-        [ "$destination" != 00000000 ] || interface=${interface:-$name}
+    while IFS=$SPACE read -r name destination _ _ _ _ _ mask _; do
+        case $name/$destination/$mask in '*'*) ;; */00000000/00000000) interface=${interface:-$name} ;; esac
     done </proc/self/net/route
     [ -n "$interface" ] || return
     reason="no DHCP client renewed the lease of $interface"
     run networkctl reconfigure "$interface" || run nmcli device reapply "$interface" || run dhcpcd -n "$interface" ||
         { run dhclient -1 -q -sf /bin/true "$interface" && run dhclient -x -q "$interface"; } || # a second, for once
         run killall -USR1 udhcpc || return
-    say "Renewed the DHCP lease of $interface"
+    did "Renewed the DHCP lease of $interface"
 }
 
 vm_id() { id=$({ tr A-F a-f </sys/class/dmi/id/product_uuid; } 2>/dev/null | grep -Ex '[0-9a-f-]{36}'); } # sets $id
 
 remember() {
     reason='cannot read /sys/class/dmi/id/product_uuid'
-    vm_id && put $STATE/vm-id 600 '' printf '%s\n' "$id" && say "Remembered: $id"
+    vm_id && put $STATE/vm-id 600 '' printf '%s\n' "$id" && did "Remembered: $id"
 }
 
 main() { # [STEP]...
@@ -432,17 +435,14 @@ main() { # [STEP]...
     check_number AZURE_PROVISIONING_ATTEMPTS "$ATTEMPTS" 1
     check_number AZURE_PROVISIONING_INTERVAL "$INTERVAL" 0
     check_number AZURE_PROVISIONING_TIMEOUT "$TIMEOUT" 1
-    # shellcheck disable=SC2086 # words
-    set -- ${steps:-ready hostname disable}
-    case $steps' ' in
-    *' remember '*) vm_id && [ "$id" = "$(cat $STATE/vm-id 2>/dev/null)" ] && say "Already provisioned: $id" && exit ;;
-    esac
-    for step; do
-        shift # what is left in "$@" is still to come
+    [ -n "$steps" ] || steps=' ready hostname disable'
+    case $steps in *remember*) vm_id && grep -qsx "$id" $STATE/vm-id && say "Already provisioned: $id" && exit ;; esac
+    for step in $steps; do
+        steps=${steps#*" $step"} # what is still to come
         [ "$step" != ready ] || told=yes
         "$step" && continue
         complain "$step: $reason"
-        case $told:" $* " in :*' ready '*) not_ready "$step: $reason" ;; esac
+        case $told:$steps in :*ready*) not_ready "$step: $reason" ;; esac
         exit 1
     done
 }

@@ -57,7 +57,7 @@ UNSHARE = ['unshare', '--net', '--mount', '--propagation', 'private']
 class Machine:
     """A system with a program installed; what one boot changes is there at the next."""
 
-    def __init__(self, program, options, drop_in=''):
+    def __init__(self, program, options, drop_in='', steps=''):
         self.tree = options.tree
         self.state = pathlib.Path(tempfile.mkdtemp(dir=options.scratch))
         self.upper = self.state / 'upper'
@@ -74,8 +74,8 @@ class Machine:
         self.write('etc/machine-id', '')
         self.write('etc/hostname', 'image\n')
         self.write('etc/systemd/journald.conf.d/tests.conf', '[Journal]\nStorage=volatile\n')
-        subprocess.run(['make', '-s', 'install', 'IMPL=' + program, 'DESTDIR=%s' % self.upper], check=True,
-                       cwd=str(TESTS.parent))
+        subprocess.run(['make', '-s', 'install', 'IMPL=' + program, 'STEPS=' + steps, 'DESTDIR=%s' % self.upper],
+                       check=True, cwd=str(TESTS.parent))
         shutil.copytree(str(TESTS / 'image'), str(self.upper / 'azure-provisioning-tests'))
         for unit in self.upper.glob('azure-provisioning-tests/*.service'):
             unit.rename(self.units / unit.name)
@@ -359,14 +359,14 @@ CHECKS = [first_boot, late_network, late_wireserver, no_wireserver, no_imds, tim
           no_bus_drop_in, other_steps]
 
 
-def why_not(options):
+def why_not(options, needed):
     """Why no boot can be tried here, or ''."""
     if os.getuid() != 0:
         return 'not root'
-    init = options.tree + ('/sbin/openrc' if options.openrc else '/lib/systemd/systemd')
-    for needed in 'unshare', 'setpriv', 'ip', 'systemctl', init:
-        if not shutil.which(needed):
-            return 'no ' + needed
+    init = '/sbin/openrc' if options.openrc else '/lib/systemd/systemd'
+    for each in ('unshare', 'setpriv', 'ip', 'systemctl', init, *needed):
+        if not shutil.which(options.tree.rstrip('/') + each if each[0] == '/' else each):  # a path is one in the tree
+            return 'no ' + each
     with tempfile.TemporaryDirectory() as scratch:
         mounts = """
             mount -t tmpfs none "$1" && cd "$1" && mkdir a b c && mount -t cgroup2 none a && mkdir a/$$ && rmdir a/$$ &&
@@ -388,28 +388,29 @@ def hold(check, program, options):
     """Hold a new machine with the program against a check, with the network there."""
     network('del')
     network('add')
-    check(Machine(program, options, getattr(check, 'drop_in', '')))
+    check(Machine(program, options, getattr(check, 'drop_in', ''), getattr(check, 'steps', '')))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(about, checks, needed=()):
+    """Hold the programs against the checks, where this machine has the commands and the tree the paths needed."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--tree', default='/')
     parser.add_argument('--openrc', action='store_true', help='TREE has OpenRC in the place of systemd')
     parser.add_argument('--inside', dest='scratch', help=argparse.SUPPRESS)
     parser.add_argument('programs', nargs='*', default=['py', 'sh'], metavar='PROGRAM')
     options = parser.parse_args()
-    options.checks = [openrc] if options.openrc else CHECKS
+    options.checks = [openrc] if options.openrc else checks
     if options.scratch:
         sys.exit(inside(options.programs[0], options))
     print('1..%d' % (len(options.checks) * len(options.programs)), flush=True)
-    reason = why_not(options)
+    reason = why_not(options, needed)
     if reason:
         for program in options.programs:
             for check in options.checks:
                 print('ok %s: %s # skip %s' % (program, check.__doc__, reason))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        again = UNSHARE + [sys.executable, __file__, '--tree', options.tree, '--inside', scratch]
+        again = UNSHARE + [sys.executable, sys.argv[0], '--tree', options.tree, '--inside', scratch]
         again += ['--openrc'] * options.openrc
         runs = [subprocess.Popen(again + [program], stdout=subprocess.PIPE, universal_newlines=True)
                 for program in options.programs]  # side by side, as most of the time is spent waiting
@@ -419,4 +420,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    main(__doc__, CHECKS)

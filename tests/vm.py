@@ -3,13 +3,16 @@
 
 Guests without a network card; Azure's host is inside each, on its lo, and tells the console what it is asked. For each
 of the two scripts a Debian, TREE or one made for it (tests/tree), with its systemd as PID 1 and what `make install`
-installs; for the one in shell also a system of nothing but BusyBox. The kernel is Debian's for clouds.
+installs, and another one with a DVD; for the one in shell also a system of nothing but BusyBox. The kernel is Debian's
+for clouds.
 Prints a line a check, in TAP, and what was measured as comments. Exit status: 0 all passed or were skipped, 1.
-Needs root, apt-get, qemu-system-x86_64, mke2fs and, without TREE, mmdebstrap.
+Needs root, apt-get, qemu-system-x86_64, mke2fs and, without TREE, mmdebstrap; for the DVD ssh-keygen and genisoimage,
+and OpenSSH, sudo and kmod in TREE.
 """
 import argparse
 import contextlib
 import functools
+import mmap
 import os
 import pathlib
 import re
@@ -18,12 +21,12 @@ import subprocess
 import sys
 import tempfile
 
+import logins
 from boot import GOOD_RUN, Machine, expect, is_provisioned, probed, read_report
-from host import GOOD
 from run import TESTS, Case
 from tap import Skipped, measured, tell
 
-PACKAGES = ['systemd', 'systemd-sysv', 'dbus', 'python3', 'curl', 'iproute2']
+PACKAGES = ['systemd', 'systemd-sysv', 'dbus', 'python3', 'curl', 'iproute2', 'kmod', 'openssh-server', 'sudo']
 QEMU = ['qemu-system-x86_64', '-accel', 'tcg,thread=multi', '-machine', 'q35', '-cpu', 'max', '-smp', '2', '-m', '512',
         '-nodefaults', '-no-user-config', '-nic', 'none', '-display', 'none', '-no-reboot', '-serial', 'file:console']
 # A panic reboots, and that ends QEMU. A getty would wait for a device that nobody announces, for there is no udev.
@@ -37,21 +40,33 @@ POSTED = [line for line in GOOD_RUN if line.startswith('<Health>')]
 class Guest(Machine):
     """A machine with a disk of its own, the tree and what is over it."""
 
-    def __init__(self, program, tree):
-        super().__init__(program, argparse.Namespace(tree=tree, scratch=os.getcwd()))
+    def __init__(self, program, tree, steps=''):
+        super().__init__(program, argparse.Namespace(tree=tree, scratch=os.getcwd()), steps=steps)
         shutil.copytree(str(TESTS), str(self.upper / 'azure-provisioning-tests/tests'))
         self.enable('azure-host')
         self.disk = self.state / 'disk'
+        self.modules = False
 
-    def boot(self):
+    def boot(self, *options):
         if not self.disk.exists():
-            root = self.state / 'root'
+            root, work = self.state / 'root', self.state / 'work'
             root.mkdir()
-            subprocess.run(['mount', '-t', 'overlay', '-o', 'lowerdir=%s:%s' % (self.upper, self.tree), 'none',
-                            str(root)], check=True)
+            work.mkdir()
+            subprocess.run(['mount', '-t', 'overlay', '-o', 'lowerdir=%s,upperdir=%s,workdir=%s' % (
+                self.tree, self.upper, work), 'none', str(root)], check=True)
+            if self.modules:
+                have('chroot', root, 'depmod', modules().name)
             subprocess.run(['mke2fs', '-q', '-t', 'ext4', '-O', '^has_journal', '-d', str(root), str(self.disk), '1G'],
                            check=True, stdout=subprocess.DEVNULL)
-        return boot('root=/dev/nvme0n1 rw', '-drive', DISK % self.disk, '-device', 'nvme,serial=disk,drive=disk')
+        return boot('root=/dev/nvme0n1 rw', '-drive', DISK % self.disk, '-device', 'nvme,serial=disk,drive=disk',
+                    *options)
+
+    def add_modules(self, *folders):
+        """Put modules of the kernel in place, before the first boot."""
+        for folder in folders:
+            shutil.copytree(str(modules() / 'kernel' / folder),
+                            str(self.upper / 'usr/lib/modules' / modules().name / 'kernel' / folder))
+        self.modules = True
 
 
 def boot(parameters, *options):
@@ -83,28 +98,87 @@ def sandbox(program, tree):
     probed(Guest(program, tree or debian_tree()))
 
 
+def dvd_udf(program, tree):
+    """The user logs in with the password on a real DVD, as UDF; the next boot asks nothing, an image without DVD fails."""
+    dvd(program, tree, 'udf')
+
+
+def dvd_iso9660(program, tree):
+    """So it is with a kernel that does not know UDF, but ISO 9660."""
+    dvd(program, tree, 'isofs')
+
+
+def dvd(program, tree, file_system):
+    for command in 'ssh-keygen', 'debugfs', 'genisoimage':
+        if not shutil.which(command):
+            raise Skipped('no ' + command)
+    guest = Guest(program, tree or debian_tree(), 'user data password hostname ready remember')
+    guest.add_modules('drivers/ata', 'drivers/scsi', 'drivers/cdrom', 'lib', 'fs/nls', 'fs/' + file_system)
+    guest.write('etc/modules-load.d/dvd.conf', 'ata_piix\n')  # the drive's, which udev would load
+    for endpoint, [answer] in logins.has_user(guest, 'id_ed25519').items():
+        guest.write('azure-provisioning-tests/answers/' + endpoint, answer.data.decode('latin-1'))
+
+    vm, other_vm = [['-uuid', uuid.strip()] for uuid in logins.UUIDS]
+    drive = ['-device', 'piix3-ide,id=ide', '-device', 'ide-cd,bus=ide.0,drive=dvd',
+             '-drive', 'if=none,id=dvd,media=cdrom,format=raw,readonly=on,file=' + burnt_dvd()]
+    report = logins.boot_and_log_in(guest, *vm, *drive)
+    assert report['posted'] == POSTED, report
+    logins.let_in(report, 'id_ed25519', 'password')
+    assert 'password-in' not in report, report['password-in']
+    for name in 'user', 'custom':
+        read = have('debugfs', '-R', 'cat /var/lib/azure-provisioning/%s-data' % name, guest.disk)
+        assert '\n%s data\n' % name in read, read
+    with open(str(guest.disk), 'rb') as disk, mmap.mmap(disk.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        assert len(re.findall(re.escape(logins.PASSWORD.encode()), content)) == 1  # in logins.d/password, for the login
+
+    report = guest.boot(*vm, *drive)
+    assert 'request' not in report, report
+    report = guest.boot(*other_vm)
+    posted, = report['posted']
+    assert '|reason=password: gave up after 5 attempts: ovf-env.xml: no DVD|' in posted, posted
+    assert 'userData: /var/lib/azure-provisioning/user-data' in report['journal'], report
+
+
+def burnt_dvd():
+    """A DVD that can be read as UDF and as ISO 9660, as Azure's can."""
+    os.mkdir('dvd')
+    pathlib.Path('dvd/ovf-env.xml').write_text(logins.ovf('false'))
+    have('genisoimage', '-udf', '-R', '-o', 'dvd.iso', 'dvd')
+    shutil.rmtree('dvd')
+    return 'dvd.iso'
+
+
 def busybox(program, _):
-    """A system of BusyBox alone reports Ready, with its wget, and sets the hostname."""
+    """A system of BusyBox alone lets a user in, reports Ready, with its wget, and sets the hostname."""
     binary = (package('busybox-static') / 'bin/busybox').resolve()
     root = pathlib.Path('root')
     shutil.copytree(str(TESTS / 'busybox'), str(root))
-    for applet in have(binary, '--list-full').split():
+    applets = have(binary, '--list-full').split()
+    for applet in applets:
         (root / applet).parent.mkdir(parents=True, exist_ok=True)
         (root / applet).symlink_to('/bin/busybox')
     (root / 'bin/busybox').unlink()
     shutil.copy(str(binary), str(root / 'bin'))
     shutil.copy('%s.%s' % (TESTS.parent / 'azure-provisioning', program), str(root / 'usr/sbin/azure-provisioning'))
-    for endpoint in 'goalstate', 'computerName':
-        (root / endpoint).write_bytes(GOOD[endpoint][0].data)
-    (root / 'proc').mkdir()
+    for folder in 'proc', 'answers', 'home':
+        (root / folder).mkdir()
+    key = 'ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI me'
+    for endpoint, [answer] in logins.answers([key]).items():
+        (root / 'answers' / endpoint).write_bytes(answer.data)
+    if 'usr/sbin/adduser' not in applets:  # Debian's has none: a run that was cut off has left this
+        with open(str(root / 'etc/passwd'), 'a') as passwd, open(str(root / 'etc/shadow'), 'a') as shadow:
+            passwd.write('azureuser:x:1000:1000::/home/azureuser:/bin/sh\n')
+            shadow.write('azureuser:*:1::::::\n')
     names = '\n'.join(sorted(str(path.relative_to(root)) for path in root.rglob('*')))
     with open('initrd', 'wb') as initrd:
         subprocess.run([str(binary), 'cpio', '-o', '-H', 'newc'], input=names.encode(), stdout=initrd, check=True,
                        stderr=subprocess.DEVNULL, cwd=str(root))
     report = boot('rdinit=/sbin/init', '-initrd', 'initrd')
-    was_asked(report)
-    expect(report, {'kernel-hostname': 'web-1', 'static-hostname': 'web-1'})
-    assert report['journal'] == GOOD_RUN[:-1], report  # there is no unit to disable
+    assert [line for line in report['request'] if line in REQUESTS] == REQUESTS and report['posted'] == POSTED, report
+    expect(report, {'kernel-hostname': 'web-1', 'static-hostname': 'web-1', 'key': key})
+    assert report['file'] == ['700 1000 .ssh', '600 1000 .ssh/authorized_keys'], report
+    assert report['password'][0].startswith('*:'), report
+    assert report['journal'][-len(GOOD_RUN) + 1:] == GOOD_RUN[:-1], report  # there is no unit to disable
 
 
 def was_asked(report):
@@ -147,6 +221,11 @@ def kernel():
     return next(package(name).glob('boot/vmlinuz-*'))
 
 
+def modules():
+    """The kernel's folder of modules."""
+    return next(kernel().parent.parent.glob('lib/modules/*'))
+
+
 @contextlib.contextmanager
 def in_scratch():
     """Work in a folder, in memory where that is possible."""
@@ -177,7 +256,7 @@ def main():
     options = parser.parse_args()
     if os.getuid() == 0 and not options.inside:  # what is mounted here goes with the namespace
         os.execvp('unshare', ['unshare', '--mount', sys.executable] + sys.argv + ['--inside'])
-    checks = [('py', debian), ('sh', debian), ('sh', sandbox), ('sh', busybox)]
+    checks = [('py', debian), ('sh', debian), ('sh', sandbox), ('py', dvd_udf), ('sh', dvd_iso9660), ('sh', busybox)]
     print('1..%d' % len(checks))
     with in_scratch():
         passed = [tell('%s: %s' % (program, check.__doc__), hold, check, program, options.tree)

@@ -137,10 +137,14 @@ def files(machine, *folders):
 
 
 def end_state(machine):
-    """What the steps are to leave, but for the salt of the password, and the copies that its commands keep."""
+    """What the steps are to leave, but for the salt of the password, the copies that its commands keep, and what only
+    useradd makes of a home: its mode, and what is in /etc/skel.
+    """
     state = files(machine, 'etc', 'home', 'var/lib/azure-provisioning')
-    state = {path: what for path, what in state.items()
-             if path[-1] != '-' and not path.startswith('etc/systemd') and path != 'etc/machine-id'}
+    skel = {'home/%s/%s' % (USER, path.name) for path in pathlib.Path(machine.tree, 'etc/skel').iterdir()}
+    state = {path: what for path, what in state.items() if path[-1] != '-' and path not in skel and
+             path != 'etc/machine-id' and not path.startswith('etc/systemd')}
+    state['home/' + USER] = state['home/' + USER][1:3]
     state['etc/shadow'] = state['etc/shadow'][:3] + (re.sub(rb':\$[^:]+:\d+:', b':HASH:DAY:', state['etc/shadow'][3]),)
     return state
 

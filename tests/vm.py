@@ -99,7 +99,7 @@ def sandbox(program, tree):
 
 
 def dvd_udf(program, tree):
-    """The user logs in with the password on a real DVD, as UDF; the next boot asks nothing, an image without DVD fails."""
+    """The user logs in with the password on a real DVD, UDF; the next boot asks nothing; an image without DVD fails."""
     dvd(program, tree, 'udf')
 
 

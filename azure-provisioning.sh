@@ -6,7 +6,7 @@ set -fu # -f: what a server sent is split into words below, not matched with fil
 export LC_ALL=C
 umask 077
 trap '' PIPE # the VM is Ready whether or not somebody listens
-VERSION=0.1.0
+VERSION=1.0.0
 USAGE='usage: azure-provisioning [-h | --help | --version | -n | --dry-run] [STEP]...
   ready      tell Azure that this Linux VM is Ready: a health report to the WireServer, for the goal state it gives
   hostname   set the hostname the user asked for, from IMDS, the Instance Metadata Service

@@ -51,7 +51,7 @@ WantedBy=multi-user.target
 """
 GOOD_RUN = Case(TESTS / 'cases/runs/must-default').expected[0]['stdout'].splitlines()
 LIMIT = 60  # seconds for a boot
-RECIPES = 'RECIPES.draft.md'  # where the README's recipes are
+RECIPES = 'RECIPES.draft.md'  # a part of the README, for now in a file of its own
 UNSHARE = ['unshare', '--net', '--mount', '--propagation', 'private']
 
 
@@ -321,7 +321,7 @@ def no_bus_drop_in(machine):
         is_provisioned(machine.boot(), host.posts())
 
 
-no_bus_drop_in.drop_in = from_readme('CAP_SYS_ADMIN')
+no_bus_drop_in.drop_in = from_readme('CapabilityBoundingSet=')
 
 
 def other_steps(machine):

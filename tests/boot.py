@@ -51,7 +51,6 @@ WantedBy=multi-user.target
 """
 GOOD_RUN = Case(TESTS / 'cases/runs/must-default').expected[0]['stdout'].splitlines()
 LIMIT = 60  # seconds for a boot
-RECIPES = 'RECIPES.draft.md'  # a part of the README, for now in a file of its own
 UNSHARE = ['unshare', '--net', '--mount', '--propagation', 'private']
 
 
@@ -135,9 +134,9 @@ def read_report(console):
     return report
 
 
-def from_readme(words, file='README.md'):
+def from_readme(words):
     """The example in the README that has these words."""
-    examples = re.findall('(?:^    .*\n|^\n(?=    ))+', (TESTS.parent / file).read_text(), re.MULTILINE)
+    examples = re.findall('(?:^    .*\n|^\n(?=    ))+', (TESTS.parent / 'README.md').read_text(), re.MULTILINE)
     example, = [each for each in examples if words in each]
     return textwrap.dedent(example).strip() + '\n'
 

@@ -20,7 +20,7 @@ import sys
 import tempfile
 
 import vm
-from boot import GOOD_RUN, RECIPES, Machine, expect, from_readme, is_provisioned
+from boot import GOOD_RUN, Machine, expect, from_readme, is_provisioned
 from host import Azure, network
 from run import TESTS
 from tap import Skipped, measured, tell
@@ -84,7 +84,7 @@ def debian():
     """Debian: without cloud-init and waagent it is provisioned, with SSH host keys and a machine-id of its own."""
     image = Image('tree')
     keys = host_keys(image)
-    image.run(recipe('apt-get purge'))
+    image.run(from_readme('apt-get purge'))
     left = image.run('ls /etc/ssh/ssh_host_* /lib/systemd/system/cloud-* /lib/systemd/system/*agent* 2>/dev/null || :; '
                      'cat /etc/machine-id; find /var/log -type f')
     assert left == '', left
@@ -113,7 +113,7 @@ def alpine():
     image.write('usr/local/bin/apk', '#!/bin/sh\n', 0o755)
     image.write('etc/init.d/networking', '#!/sbin/openrc-run\nstart() { :; }\n', 0o755)
     image.write('etc/init.d/azure-provisioning', from_readme('openrc-run'), 0o755)
-    image.run(recipe('apk del'))
+    image.run(from_readme('apk del'))
     image.run('! command -v curl')
     image.report()
     with Azure() as host:
@@ -128,7 +128,7 @@ def dracut():
     image = Image('tree')
     module = 'usr/lib/dracut/modules.d/95azure-provisioning/'
     for name, words in (('module-setup.sh', 'inst_multiple'), ('start.sh', '.done; }'), ('finished.sh', '[ -e /run')):
-        image.write(module + name, recipe(words), 0o755)
+        image.write(module + name, from_readme(words), 0o755)
     image.run('install -m 755 azure-provisioning.sh /usr/local/sbin/azure-provisioning')
     include = image.files / 'include'
     hooks = include / 'lib/dracut/hooks'
@@ -150,7 +150,7 @@ def dracut():
 def nixos():
     """NixOS: the module evaluates; its unit provisions where hostnamectl is refused, and remembers the VM."""
     image = Image('tree')
-    (image.files / 'azure.nix').write_text(recipe('pkgs.runCommand'))
+    (image.files / 'azure.nix').write_text(from_readme('pkgs.runCommand'))
     systemd = json.loads(image.run(EVALUATE))
     service = systemd['services']['azure-provisioning']
     assert systemd['packages'] == ['/files'] and service['path'] == ['/curl', '/hostname'], systemd
@@ -174,14 +174,10 @@ def shell():
         raise Skipped('no shellcheck')
     for words in ('apt-get purge', 'apk del', '"$1" != start', 'inst_multiple', '.done; }', '[ -e /run',
                   'systemd-resolved.service azure'):
-        script = recipe(words)
+        script = from_readme(words)
         check = ['shellcheck', '--exclude=SC2154', '-'] + ['--shell=sh'] * (script[:2] != '#!')  # $moddir is dracut's
         done = subprocess.run(check, input=script, stdout=subprocess.PIPE, universal_newlines=True)
         assert done.returncode == 0, done.stdout
-
-
-def recipe(words):
-    return from_readme(words, RECIPES)
 
 
 def busybox():

@@ -22,7 +22,7 @@ import sys
 import tempfile
 
 import logins
-from boot import GOOD_RUN, RECIPES, Machine, expect, from_readme, is_provisioned, probed, read_report
+from boot import GOOD_RUN, Machine, expect, from_readme, is_provisioned, probed, read_report
 from host import ENDPOINTS
 from run import TESTS, Case
 from tap import Skipped, measured, tell
@@ -161,7 +161,7 @@ def busybox(program, _):
 
 def busybox_user(program, _):
     """So it does with the README's line for inittab; and it lets a user in, where that step is named, too."""
-    line = from_readme('::once:', RECIPES)
+    line = from_readme('::once:')
     with_user = line.replace(' ready ', ' user ready ')
     assert with_user != line, line
     report = boot_busybox(program, with_user)
@@ -179,7 +179,7 @@ def boot_busybox(program, line):
     shutil.copy('%s.%s' % (TESTS.parent / 'azure-provisioning', program), str(root / 'usr/sbin/azure-provisioning'))
     script = root / 'etc/init.d/S50azure-provisioning'
     script.parent.mkdir()
-    script.write_text(from_readme('"$1" != start', RECIPES))
+    script.write_text(from_readme('"$1" != start'))
     script.chmod(0o755)
     with (root / 'etc/inittab').open('a') as inittab:
         inittab.write(line)

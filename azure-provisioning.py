@@ -29,7 +29,7 @@ sys.modules['ssl'] = None  # http.client imports it if it can: a quarter of the 
 import binascii, collections, contextlib, http.client, re, socket, time
 from xml.parsers import expat
 
-VERSION = '0.1.0'
+VERSION = '1.0.0'
 WIRESERVER = os.environ.get('AZURE_PROVISIONING_WIRESERVER', 'http://168.63.129.16')
 IMDS = os.environ.get('AZURE_PROVISIONING_IMDS', 'http://169.254.169.254')
 ATTEMPTS = os.environ.get('AZURE_PROVISIONING_ATTEMPTS', '240')

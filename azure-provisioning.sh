@@ -6,7 +6,7 @@ set -fu # -f: what a server sent is split into words below, not matched with fil
 export LC_ALL=C
 umask 077
 trap '' PIPE # the VM is Ready whether or not somebody listens
-VERSION=0.1.0
+VERSION=1.0.0
 USAGE='usage: azure-provisioning [-h | --help | --version | -n | --dry-run] [STEP]...
   ready      tell Azure that this Linux VM is Ready: a health report to the WireServer, for the goal state it gives
   hostname   set the hostname the user asked for, from IMDS, the Instance Metadata Service
@@ -141,7 +141,7 @@ trim() { # TEXT: sets $value to its words, with a space between: a value has one
 }
 
 parse() { # ROOT: read the document in $body, whose values are named at the end of tag; sets those that are in it
-    unset incarnation container instance user_name user_password no_passwords custom_data password
+    unset incarnation container instance user_name user_password no_passwords custom_data secret
     wanted=$1 path='' place='' root='' text='' inside='' IFS='<'
     case $body in *[$(printf '\001-\010\013\014\016-\037')]*) return 1 ;; esac # XML has no such characters
     # Between two '<' stand a tag and the text behind it, or a part of a comment or processing instruction. What is
@@ -323,7 +323,7 @@ authorize() { # let the user of $home in with $keys
     [ -n "$keys" ] || return 0
     reason="$home/.ssh: a symlink is in the way"
     [ ! -L "$home/.ssh" ] && [ ! -L "$home/.ssh/authorized_keys" ] || return
-    reason="cannot make $home/.ssh" # nor the home, if an earlier run was cut off
+    reason="cannot make $home/.ssh"
     [ -d "$home" ] || { run mkdir -p "$home" && run chown "$owner" "$home"; } || return # an earlier run was cut off
     run mkdir -p "$home/.ssh" && run chown -h "$owner" "$home/.ssh" && run chmod 700 "$home/.ssh" &&
         run chmod go-w "$home" || return
@@ -365,12 +365,12 @@ password() {
     reason='no valid password'
     case ${user_password-} in *['<'$CONTROL]*) return 1 ;; esac
     TEXT=${user_password-} awk "$PRINT" | sed -E 's/&(lt|gt|quot|apos|amp);//g' | grep -q '&' && return 1
-    password=$(TEXT=${user_password-} awk "$PRINT" |
+    secret=$(TEXT=${user_password-} awk "$PRINT" |
         sed "s/&lt;/</g; s/&gt;/>/g; s/&quot;/\"/g; s/&apos;/'/g; s/&amp;/\&/g")
-    [ -n "$password" ] || [ -z "${user_password-}" ] && [ ${#password} -le 72 ] || return
+    [ -n "$secret" ] || [ -z "${user_password-}" ] && [ ${#secret} -le 72 ] || return
     reason='chpasswd failed'
-    [ -z "$password" ] || TEXT=$user_name:$password awk "$PRINT" 2>/dev/null | run chpasswd || return
-    [ -z "$password" ] || did 'Password set'
+    [ -z "$secret" ] || TEXT=$user_name:$secret awk "$PRINT" 2>/dev/null | run chpasswd || return
+    [ -z "$secret" ] || did 'Password set'
     case ${no_passwords-} in [Tt][Rr][Uu][Ee]) sshd no ;; [Ff][Aa][Ll][Ss][Ee]) sshd yes ;; esac
 }
 

@@ -320,7 +320,7 @@ def no_bus_drop_in(machine):
         is_provisioned(machine.boot(), host.posts())
 
 
-no_bus_drop_in.drop_in = from_readme('CAP_SYS_ADMIN')
+no_bus_drop_in.drop_in = from_readme('CapabilityBoundingSet=')
 
 
 def other_steps(machine):

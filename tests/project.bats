@@ -46,6 +46,47 @@ setup() {
     done <"$scratch/sh"
 }
 
+@test "the version is the same in both scripts, in what they print and send, and in the changelog" {
+    version=$(sed -n "s/^VERSION = '\(.*\)'$/\1/p" azure-provisioning.py)
+    [ "$(sed -n 's/^VERSION=//p' azure-provisioning.sh)" = "$version" ]
+    for script in ./azure-provisioning.py ./azure-provisioning.sh; do
+        [ "$("$script" --version)" = "azure-provisioning $version" ]
+        make demo IMPL="$script" | grep -q "^    User-Agent: azure-provisioning/$version$"
+    done
+    [ "$(sed -n 's/^## \([0-9.]*\) - .*/\1/p' CHANGELOG.md | head -n 1)" = "$version" ]
+}
+
+@test "the README has a row for each reason that the scripts can give, and no other" {
+    python3 tests/trouble.py azure-provisioning.sh >"$scratch/sh"
+    [ "$(wc -l <"$scratch/sh")" -gt 30 ]
+    sed -n '/^## When it fails/,/^## /s/^| .\([^|]*\). | .*/\1/p' README.md | grep -v -e '^t say' -e '^--' | sort >"$scratch/readme"
+    diff <(sort "$scratch/sh") "$scratch/readme"
+    # Python puts its reasons together otherwise: each is to be one of these
+    python3 tests/trouble.py azure-provisioning.py | sed 's/^goal state: //; s/[.*]/\\&/g; s/…/.*/g' >"$scratch/py"
+    while read -r reason; do grep -q -- "$reason$" "$scratch/sh" || { echo "$reason" && return 1; }; done <"$scratch/py"
+    grep -v 'no curl or wget' "$scratch/sh" >"$scratch/both" # what Python does not need
+    run grep -vxE "(…: )?($(paste -s -d '|' "$scratch/py"))" "$scratch/both"
+    [ -z "$output" ]
+}
+
+@test "the README shows the journal of the demo" {
+    run make demo IMPL=sh
+    sed -n '/^    Retrieving goal state/,/^    Disabled/p' README.md | head -n 10 >"$scratch/readme"
+    [ "$(wc -l <"$scratch/readme")" -eq 10 ]
+    diff <(sed -n '/journal$/,/^$/s/<Health>.*/<Health>…<\/Health>/; /^    Retrieving goal state/,/^    Disabled/p' \
+        <<<"$output" | sed 's/<Health>.*/<Health>…<\/Health>/') "$scratch/readme"
+}
+
+@test "the README's commands install a program that runs, and enable its unit" {
+    command -v systemctl || skip 'no systemctl'
+    mkdir -p "$scratch/tree/usr/local/sbin" "$scratch/tree/etc/systemd/system"
+    sed -n '/^    # install by hand/,/^$/p' README.md |
+        sed "s|/usr/local|$scratch/tree&|g; s|/etc/systemd|$scratch/tree&|g; s|systemctl|& --root=$scratch/tree|" |
+        sh -eux
+    "$scratch/tree/usr/local/sbin/azure-provisioning" --version
+    [ -L "$scratch/tree/etc/systemd/system/multi-user.target.wants/azure-provisioning.service" ]
+}
+
 @test "the demo runs both scripts, and shows what it should" {
     run make demo
     [ "$status" -eq 0 ]
@@ -73,6 +114,30 @@ setup() {
         make uninstall DESTDIR="$scratch/tree"
         [ -z "$(find "$scratch/tree" -type f)" ]
     done
+}
+
+@test "make install STEPS writes a drop-in for these steps, and one without STEPS takes it away" {
+    drop_in=$scratch/tree/etc/systemd/system/azure-provisioning.service.d/steps.conf
+    make install DESTDIR="$scratch/tree" IMPL=sh STEPS='user data hostname ready remember'
+    grep -qx 'ExecStart=/usr/local/sbin/azure-provisioning user data hostname ready remember' "$drop_in"
+    grep -qx 'Environment=AZURE_PROVISIONING_ATTEMPTS=900' "$drop_in"
+    grep -qx 'StateDirectory=azure-provisioning' "$drop_in"
+    make install DESTDIR="$scratch/tree" IMPL=sh STEPS='ready publish'
+    [ "$(wc -l <"$drop_in")" -eq 4 ] # not what other steps need
+    make install DESTDIR="$scratch/tree" IMPL=sh
+    [ ! -e "$drop_in" ]
+    run make install DESTDIR="$scratch/other" IMPL=sh STEPS='user nonsense'
+    [ "$status" -ne 0 ]
+    [ ! -e "$scratch/other" ]
+}
+
+@test "the score of the README's steps is the one that it tells" {
+    command -v systemd-analyze || skip 'no systemd-analyze'
+    systemd-analyze security --help | grep -q -e --threshold || skip 'systemd-analyze cannot score a file'
+    read -r score steps < <(sed -n 's/^.systemd-analyze security. scores .\(.*\). \([0-9]\)\.\([0-9]\), of 10.*/\2\3 \1/p' \
+        README.md)
+    make install DESTDIR="$scratch/tree" IMPL=sh STEPS="$steps"
+    systemd-analyze security --no-pager --offline=true --root="$scratch/tree" --threshold="$score" azure-provisioning.service
 }
 
 @test "make install follows PREFIX and UNITDIR" {

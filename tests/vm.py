@@ -3,8 +3,8 @@
 
 Guests without a network card; Azure's host is inside each, on its lo, and tells the console what it is asked. For each
 of the two scripts a Debian, TREE or one made for it (tests/tree), with its systemd as PID 1 and what `make install`
-installs, and another one with a DVD; for the one in shell also a system of nothing but BusyBox. The kernel is Debian's
-for clouds.
+installs, and another one with a DVD; for the one in shell also a system of nothing but BusyBox, started as the README
+says. The kernel is Debian's for clouds.
 Prints a line a check, in TAP, and what was measured as comments. Exit status: 0 all passed or were skipped, 1.
 Needs root, apt-get, qemu-system-x86_64, mke2fs and, without TREE, mmdebstrap; for the DVD ssh-keygen and genisoimage,
 and OpenSSH, sudo and kmod in TREE.
@@ -22,15 +22,20 @@ import sys
 import tempfile
 
 import logins
-from boot import GOOD_RUN, Machine, expect, is_provisioned, probed, read_report
+from boot import GOOD_RUN, Machine, expect, from_readme, is_provisioned, probed, read_report
+from host import ENDPOINTS
 from run import TESTS, Case
 from tap import Skipped, measured, tell
 
 PACKAGES = ['systemd', 'systemd-sysv', 'dbus', 'python3', 'curl', 'iproute2', 'kmod', 'openssh-server', 'sudo']
+VM_ID, OTHER_ID = [uuid.strip() for uuid in logins.UUIDS]
+KEY = 'ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI me'
 QEMU = ['qemu-system-x86_64', '-accel', 'tcg,thread=multi', '-machine', 'q35', '-cpu', 'max', '-smp', '2', '-m', '512',
-        '-nodefaults', '-no-user-config', '-nic', 'none', '-display', 'none', '-no-reboot', '-serial', 'file:console']
+        '-nodefaults', '-no-user-config', '-nic', 'none', '-display', 'none', '-no-reboot', '-serial', 'file:console',
+        '-uuid', VM_ID]
 # A panic reboots, and that ends QEMU. A getty would wait for a device that nobody announces, for there is no udev.
-PARAMETERS = 'console=ttyS0 quiet mitigations=off panic=-1 systemd.getty_auto=no '
+# The check of the timer fails on a busy machine.
+PARAMETERS = 'console=ttyS0 quiet mitigations=off panic=-1 no_timer_check systemd.getty_auto=no '
 DISK = 'if=none,id=disk,format=raw,cache=unsafe,file=%s'
 LIMIT = 300  # seconds for a boot
 REQUESTS = Case(TESTS / 'cases/runs/must-default').expected[0]['requests'].splitlines()
@@ -118,10 +123,9 @@ def dvd(program, tree, file_system):
     for endpoint, [answer] in logins.has_user(guest, 'id_ed25519').items():
         guest.write('azure-provisioning-tests/answers/' + endpoint, answer.data.decode('latin-1'))
 
-    vm, other_vm = [['-uuid', uuid.strip()] for uuid in logins.UUIDS]
     drive = ['-device', 'piix3-ide,id=ide', '-device', 'ide-cd,bus=ide.0,drive=dvd',
              '-drive', 'if=none,id=dvd,media=cdrom,format=raw,readonly=on,file=' + burnt_dvd()]
-    report = logins.boot_and_log_in(guest, *vm, *drive)
+    report = logins.boot_and_log_in(guest, *drive)
     assert report['posted'] == POSTED, report
     logins.let_in(report, 'id_ed25519', 'password')
     assert 'password-in' not in report, report['password-in']
@@ -131,9 +135,9 @@ def dvd(program, tree, file_system):
     with open(str(guest.disk), 'rb') as disk, mmap.mmap(disk.fileno(), 0, access=mmap.ACCESS_READ) as content:
         assert len(re.findall(re.escape(logins.PASSWORD.encode()), content)) == 1  # in logins.d/password, for the login
 
-    report = guest.boot(*vm, *drive)
+    report = guest.boot(*drive)
     assert 'request' not in report, report
-    report = guest.boot(*other_vm)
+    report = guest.boot('-uuid', OTHER_ID)
     posted, = report['posted']
     assert '|reason=password: gave up after 5 attempts: ovf-env.xml: no DVD|' in posted, posted
     assert 'userData: /var/lib/azure-provisioning/user-data' in report['journal'], report
@@ -149,9 +153,50 @@ def burnt_dvd():
 
 
 def busybox(program, _):
-    """A system of BusyBox alone lets a user in, reports Ready, with its wget, and sets the hostname."""
+    """A system of BusyBox alone reports Ready, with its wget, and sets the hostname: the README's script for init.d."""
+    report = boot_busybox(program, '::wait:/etc/init.d/S50azure-provisioning start\n')  # as Buildroot's rcS does
+    was_asked(report)
+    assert report['journal'] == GOOD_RUN[:-1] + ['Remembered: ' + VM_ID], report
+
+
+def busybox_user(program, _):
+    """So it does with the README's line for inittab; and it lets a user in, where that step is named, too."""
+    line = from_readme('::once:')
+    with_user = line.replace(' ready ', ' user ready ')
+    assert with_user != line, line
+    report = boot_busybox(program, with_user)
+    was_asked(report, [ENDPOINTS['adminUsername'], ENDPOINTS['publicKeys'], ENDPOINTS['keyData'].replace('/N/', '/0/')])
+    expect(report, {'key': KEY})
+    assert report['file'] == ['700 1000 .ssh', '600 1000 .ssh/authorized_keys'], report
+    assert report['password'][0].startswith('*:'), report
+    assert report['journal'][-len(GOOD_RUN):] == GOOD_RUN[:-1] + ['Remembered: ' + VM_ID], report
+
+
+def boot_busybox(program, line):
+    """Boot a system of BusyBox alone that has the README's script for init.d, and one more line in its inittab."""
+    root = pathlib.Path(tempfile.mkdtemp(dir=os.getcwd())) / 'root'
+    shutil.copytree(str(busybox_tree()), str(root), symlinks=True)
+    shutil.copy('%s.%s' % (TESTS.parent / 'azure-provisioning', program), str(root / 'usr/sbin/azure-provisioning'))
+    script = root / 'etc/init.d/S50azure-provisioning'
+    script.parent.mkdir()
+    script.write_text(from_readme('"$1" != start'))
+    script.chmod(0o755)
+    with (root / 'etc/inittab').open('a') as inittab:
+        inittab.write(line)
+    names = '\n'.join(sorted(str(path.relative_to(root)) for path in root.rglob('*')))
+    with open('initrd', 'wb') as initrd:
+        subprocess.run([str(root / 'bin/busybox'), 'cpio', '-o', '-H', 'newc'], input=names.encode(), stdout=initrd,
+                       check=True, stderr=subprocess.DEVNULL, cwd=str(root))
+    report = boot('rdinit=/sbin/init', '-initrd', 'initrd')
+    expect(report, {'kernel-hostname': 'web-1', 'static-hostname': 'web-1'})
+    return report
+
+
+@functools.lru_cache(maxsize=None)
+def busybox_tree():
+    """BusyBox as every command it can be, and Azure's host, with what it is to answer."""
     binary = (package('busybox-static') / 'bin/busybox').resolve()
-    root = pathlib.Path('root')
+    root = pathlib.Path(tempfile.mkdtemp(dir=os.getcwd())) / 'busybox'
     shutil.copytree(str(TESTS / 'busybox'), str(root))
     applets = have(binary, '--list-full').split()
     for applet in applets:
@@ -159,31 +204,20 @@ def busybox(program, _):
         (root / applet).symlink_to('/bin/busybox')
     (root / 'bin/busybox').unlink()
     shutil.copy(str(binary), str(root / 'bin'))
-    shutil.copy('%s.%s' % (TESTS.parent / 'azure-provisioning', program), str(root / 'usr/sbin/azure-provisioning'))
-    for folder in 'proc', 'answers', 'home':
-        (root / folder).mkdir()
-    key = 'ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI me'
-    for endpoint, [answer] in logins.answers([key]).items():
+    for folder in 'proc', 'sys', 'answers', 'home', 'var/log':
+        (root / folder).mkdir(parents=True)
+    for endpoint, [answer] in logins.answers([KEY]).items():
         (root / 'answers' / endpoint).write_bytes(answer.data)
     if 'usr/sbin/adduser' not in applets:  # Debian's has none: a run that was cut off has left this
         with open(str(root / 'etc/passwd'), 'a') as passwd, open(str(root / 'etc/shadow'), 'a') as shadow:
             passwd.write('azureuser:x:1000:1000::/home/azureuser:/bin/sh\n')
             shadow.write('azureuser:*:1::::::\n')
-    names = '\n'.join(sorted(str(path.relative_to(root)) for path in root.rglob('*')))
-    with open('initrd', 'wb') as initrd:
-        subprocess.run([str(binary), 'cpio', '-o', '-H', 'newc'], input=names.encode(), stdout=initrd, check=True,
-                       stderr=subprocess.DEVNULL, cwd=str(root))
-    report = boot('rdinit=/sbin/init', '-initrd', 'initrd')
-    assert [line for line in report['request'] if line in REQUESTS] == REQUESTS and report['posted'] == POSTED, report
-    expect(report, {'kernel-hostname': 'web-1', 'static-hostname': 'web-1', 'key': key})
-    assert report['file'] == ['700 1000 .ssh', '600 1000 .ssh/authorized_keys'], report
-    assert report['password'][0].startswith('*:'), report
-    assert report['journal'][-len(GOOD_RUN) + 1:] == GOOD_RUN[:-1], report  # there is no unit to disable
+    return root
 
 
-def was_asked(report):
+def was_asked(report, before=()):
     """Assert that Azure's host was asked what it is to be asked, and told what it is to be told."""
-    assert report['request'] == REQUESTS and report['posted'] == POSTED, report
+    assert report['request'] == [*before, *REQUESTS] and report['posted'] == POSTED, report
     measured('Ready %s s after the start of the kernel', report['posted-time'][0])
 
 
@@ -249,14 +283,21 @@ def hold(check, program, tree):
     check(program, tree)
 
 
+def parse(parser):
+    """The options; root goes on in a namespace, with which what is mounted here goes."""
+    parser.add_argument('--inside', action='store_true', help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if os.getuid() == 0 and not options.inside:
+        os.execvp('unshare', ['unshare', '--mount', sys.executable] + sys.argv + ['--inside'])
+    return options
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--tree', type=os.path.abspath)
-    parser.add_argument('--inside', action='store_true', help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if os.getuid() == 0 and not options.inside:  # what is mounted here goes with the namespace
-        os.execvp('unshare', ['unshare', '--mount', sys.executable] + sys.argv + ['--inside'])
-    checks = [('py', debian), ('sh', debian), ('sh', sandbox), ('py', dvd_udf), ('sh', dvd_iso9660), ('sh', busybox)]
+    options = parse(parser)
+    checks = [('py', debian), ('sh', debian), ('sh', sandbox), ('py', dvd_udf), ('sh', dvd_iso9660), ('sh', busybox),
+              ('sh', busybox_user)]
     print('1..%d' % len(checks))
     with in_scratch():
         passed = [tell('%s: %s' % (program, check.__doc__), hold, check, program, options.tree)

@@ -37,7 +37,7 @@ QEMU = ['qemu-system-x86_64', '-accel', 'tcg,thread=multi', '-machine', 'q35', '
 # The check of the timer fails on a busy machine.
 PARAMETERS = 'console=ttyS0 quiet mitigations=off panic=-1 no_timer_check systemd.getty_auto=no '
 DISK = 'if=none,id=disk,format=raw,cache=unsafe,file=%s'
-LIMIT = 180  # seconds for a boot
+LIMIT = 300  # seconds for a boot
 REQUESTS = Case(TESTS / 'cases/runs/must-default').expected[0]['requests'].splitlines()
 POSTED = [line for line in GOOD_RUN if line.startswith('<Health>')]
 

@@ -37,6 +37,7 @@ bench:
 
 install:
 	@case '$(IMPL)' in py | sh) ;; *) echo 'make install needs IMPL=py or IMPL=sh' >&2; exit 2 ;; esac
+	@case ' $(STEPS)' in *' -'*) echo 'STEPS has an option' >&2; exit 2 ;; esac
 	@./azure-provisioning.sh $(STEPS) --version >/dev/null # which refuses what is no step
 	install -d '$(dir $(PROGRAM))' '$(dir $(UNIT))'
 	install -m 755 azure-provisioning.$(IMPL) '$(PROGRAM)'
@@ -44,7 +45,7 @@ install:
 	chmod 644 '$(UNIT)'
 	rm -f '$(DROP_IN)'
 # A step before ready may not try for so long that Azure gives up before it is told NotReady.
-	[ -z '$(STEPS)' ] || { install -d '$(dir $(DROP_IN))' && { \
+	@[ -z '$(STEPS)' ] || { echo "the steps: $(DROP_IN)"; install -d '$(dir $(DROP_IN))' && { \
 	    printf '[Service]\nExecStart=\nExecStart=%s\n' '$(PREFIX)/sbin/azure-provisioning $(STEPS)'; \
 	    case '$(STEPS)' in ready*) ;; *) echo Environment=AZURE_PROVISIONING_ATTEMPTS=900 ;; esac; \
 	    sed -nE 's/^#(.* )?($(subst $() ,|,$(strip $(STEPS))))( .*)?: //p' azure-provisioning.service; \

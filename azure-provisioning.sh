@@ -323,7 +323,7 @@ authorize() { # let the user of $home in with $keys
     [ -n "$keys" ] || return 0
     reason="$home/.ssh: a symlink is in the way"
     [ ! -L "$home/.ssh" ] && [ ! -L "$home/.ssh/authorized_keys" ] || return
-    reason="cannot make $home/.ssh" # nor the home, if an earlier run was cut off
+    reason="cannot make $home/.ssh"
     [ -d "$home" ] || { run mkdir -p "$home" && run chown "$owner" "$home"; } || return # an earlier run was cut off
     run mkdir -p "$home/.ssh" && run chown -h "$owner" "$home/.ssh" && run chmod 700 "$home/.ssh" &&
         run chmod go-w "$home" || return

@@ -104,7 +104,7 @@ def answers(keys):
 def boot_and_log_in(machine, *options):
     """Boot a machine that logs in to itself in the end; return the report."""
     machine.write('etc/systemd/system/report.service.d/logins.conf',
-                  '[Service]\nExecStartPost=/azure-provisioning-tests/logins\nTimeoutStartSec=170\n')
+                  '[Service]\nExecStartPost=/azure-provisioning-tests/logins\nTimeoutStartSec=290\n')
     return machine.boot(*options)
 
 

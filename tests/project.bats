@@ -59,7 +59,8 @@ setup() {
 @test "the README has a row for each reason that the scripts can give, and no other" {
     python3 tests/trouble.py azure-provisioning.sh >"$scratch/sh"
     [ "$(wc -l <"$scratch/sh")" -gt 30 ]
-    sed -n '/^## When it fails/,/^## /s/^| .\([^|]*\). | .*/\1/p' README.md | grep -v -e '^t say' -e '^--' | sort >"$scratch/readme"
+    sed -n '/^## When it fails/,/^## /s/^| .\([^|]*\). | .*/\1/p' README.md | grep -v -e '^t say' -e '^--' |
+        sort >"$scratch/readme"
     diff <(sort "$scratch/sh") "$scratch/readme"
     # Python puts its reasons together otherwise: each is to be one of these
     python3 tests/trouble.py azure-provisioning.py | sed 's/^goal state: //; s/[.*]/\\&/g; s/…/.*/g' >"$scratch/py"
@@ -134,10 +135,11 @@ setup() {
 @test "the score of the README's steps is the one that it tells" {
     command -v systemd-analyze || skip 'no systemd-analyze'
     systemd-analyze security --help | grep -q -e --threshold || skip 'systemd-analyze cannot score a file'
-    read -r score steps < <(sed -n 's/^.systemd-analyze security. scores .\(.*\). \([0-9]\)\.\([0-9]\), of 10.*/\2\3 \1/p' \
-        README.md)
+    read -r score steps < <(
+        sed -n 's/^.systemd-analyze security. scores .\(.*\). \([0-9]\)\.\([0-9]\), of 10.*/\2\3 \1/p' README.md)
     make install DESTDIR="$scratch/tree" IMPL=sh STEPS="$steps"
-    systemd-analyze security --no-pager --offline=true --root="$scratch/tree" --threshold="$score" azure-provisioning.service
+    systemd-analyze security --no-pager --offline=true --root="$scratch/tree" --threshold="$score" \
+        azure-provisioning.service
 }
 
 @test "make install follows PREFIX and UNITDIR" {

@@ -54,7 +54,7 @@ POINTS = [  # of a run: an endpoint that is silent; or a command that does not e
     ('adminUsername', '', ''), ('keyData', '', ''), ('', 'useradd', ''),
     ('', 'useradd', '/usr/sbin/useradd -M -s "$3" "$4"'), ('', 'chpasswd', ''), ('', 'chown', ''), ('', 'visudo', ''),
     ('', 'mount', ''), ('', 'umount', ''), ('', 'chpasswd', '[ $# = 0 ] || exec /usr/sbin/chpasswd "$@"'),
-    ('', 'systemctl', '[ "$1" = try-reload-or-restart ] || exec /usr/bin/systemctl "$@"'), ('userData', '', ''),
+    ('', 'systemctl', '[ "$1" = try-reload-or-restart ] || exec /bin/systemctl "$@"'), ('userData', '', ''),
     ('computerName', '', ''), ('health', '', '')]
 NEEDED = ['ssh-keygen', '/usr/sbin/sshd', '/usr/bin/ssh', '/usr/bin/sudo', '/usr/sbin/visudo', '/usr/sbin/useradd']
 

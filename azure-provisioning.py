@@ -183,7 +183,7 @@ def parse(root, document, reason):
             need(path or local == root, reason)
             path, pieces[:] = path + '/' + local, []
         else:
-            texts.setdefault(path if path in PATHS else '', ''.join(pieces))
+            path in PATHS and texts.setdefault(path, ''.join(pieces))
             path, pieces[:] = path.rpartition('/')[0], '<'  # '<' spoils a value with an element inside
     parser = expat.ParserCreate('utf-8')
     parser.StartElementHandler = parser.EndElementHandler = tag

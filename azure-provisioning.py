@@ -92,8 +92,8 @@ def run(*command, line=None):
     return call('sh', '-c', 'command -v "$0" >/dev/null', command[0]) and say('Would run: ' + ' '.join(command))
 
 def contents(path, limit=-1):
-    """The bytes of a file, as text; none where there is none."""
-    if not os.path.isfile(path):
+    """The bytes of a file, as text; none where there is none, or it may not be read."""
+    if not (os.path.isfile(path) and os.access(path, os.R_OK)):
         return ''
     with open(path, encoding='latin-1', newline='') as file:
         return file.read(limit)

@@ -1,0 +1,281 @@
+#!/usr/bin/env python3
+"""Hold provisioning agents against the cases: python3 tests/kit/run.py [--strict] [--only TEXT] [PROGRAM]...
+
+A PROGRAM is a command line, './my-port --flag' say; without one, the two scripts of this project are run, py and sh.
+--strict also compares what only these two promise: every header, every byte printed, nothing written anywhere.
+Exit status: 0 all passed, 1 some failed, 2 the cases themselves are not in order, 3 nothing can be run here.
+"""
+
+import argparse
+import concurrent.futures
+import functools
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import cases
+import compare
+import files
+import sandbox
+from host import Host
+
+PROJECT = pathlib.Path(__file__).resolve().parents[2]
+OURS = [str(PROJECT / 'azure-provisioning.py'), str(PROJECT / 'azure-provisioning.sh')]
+LIMIT = 40  # seconds for one run
+SECRET = 'S3cr3t'  # what each password in the cases has in it
+BUSY = 4 * len(os.sched_getaffinity(0))  # runs at once that take the processor; more would make some time out
+WAITING = 32  # runs at once that wait
+OFTEN = 5  # seconds from one word of progress to the next
+
+
+def command_line(program):
+    """The words of a program's command line, `py` and `sh` for ours; those that name files do so from any folder."""
+    program = {'py': OURS[0], 'sh': OURS[1]}.get(program, program)
+    words = [os.path.abspath(word) if os.path.isfile(word) else word for word in shlex.split(program)]
+    if not words or not shutil.which(words[0]):
+        sys.exit('cannot be started: %s' % program)
+    return words
+
+
+class Run:
+    """One run of a program for a case: what it did, by the names of EXPECTED, its requests, and faults that were seen."""
+
+    def __init__(self, case, program, environment):
+        self.case, self.program, self.faults = case, program, []
+        with Host(case.answers) as self.host, tempfile.TemporaryDirectory() as folder:
+            self.folder = folder
+            self.home, self.root = os.path.join(folder, 'home'), os.path.join(folder, 'root')
+            self.trace, self.commands = os.path.join(folder, 'trace'), os.path.join(folder, 'commands')
+            self.prepare()
+            self.did = self.start(environment)
+            self.requests = list(self.host.requests)
+            self.look()
+
+    def prepare(self):
+        """Put in place what the case has."""
+        os.mkdir(self.home)
+        files.write(self.commands, b'')
+        if self.case.curlrc is not None:
+            curlrc = self.case.curlrc.replace('{elsewhere}', self.host.elsewhere)
+            files.write(os.path.join(self.home, '.curlrc'), curlrc.encode())
+        self.home_before = sorted(os.listdir(self.home))
+        if self.case.before is not None:
+            files.put(self.root, self.case.before)
+            self.before, _ = files.look(self.root)
+            if not self.case.without_network:
+                sandbox.default_route()
+
+    def environment(self, common):
+        """The environment of the program: the common one, what the stubs need, and the settings of the case."""
+        user, group, _ = files.new_user()
+        found = dict(common, HOME=self.home, TMPDIR=self.home, COMMANDS=self.commands)
+        found.update(NEW_UID=str(user), NEW_GID=str(group))
+        for name, value in self.case.settings.items():
+            for server in ('elsewhere', 'refused', 'wireserver', 'imds'):
+                value = value.replace('{%s}' % server, getattr(self.host, server))
+            found[name] = value
+        return found
+
+    def start(self, common):
+        """Run the program, and return what it did."""
+        words = command_line(self.program) + self.case.arguments
+        root = self.root if self.case.before is not None else None
+        if root:
+            words = self.tracer() + words
+        process = sandbox.start(
+            words,
+            (self.host.wireserver, self.host.imds),
+            self.environment(common),
+            root,
+            self.case.without_network,
+            cwd=self.home,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        try:
+            stdout, stderr = process.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            stdout, stderr = process.communicate()
+            self.faults.append('still running after %d seconds' % LIMIT)
+        requests = list(self.host.requests)
+        moments = [request.time for request in requests] + [time.monotonic()]
+        return {
+            'exit': '%d\n' % process.returncode,
+            'requests': ''.join(request.line + '\n' for request in requests),
+            'posted': ''.join(each.body.decode('latin-1') + '\n' for each in requests if each.body),
+            'commands': as_text(files.contents(self.commands)),
+            'waits': [later - sooner for sooner, later in zip(moments, moments[1:])],
+            'stdout': as_text(stdout),
+            'stderr': as_text(stderr),
+        }
+
+    def look(self):
+        """See what became of the files, and whether something happened that must not."""
+        if any(request.server == 'elsewhere' for request in self.requests):
+            self.faults.append('a request went elsewhere: a redirect was followed, or a proxy obeyed')
+        self.written = sorted(os.listdir(self.home)) != self.home_before
+        if self.case.before is not None:
+            self.did['before'] = self.before
+            self.did['files'], wrong = files.look(self.root)
+            self.faults += wrong + self.leaks()
+
+    def tracer(self):
+        """The words that have strace note all command lines in a file, where there is a secret, and strace."""
+        if any(SECRET.encode() in file.content for file in self.case.before.values()):
+            return [word.replace('TRACE', self.trace) for word in strace()]
+        return []
+
+    def leaks(self):
+        """Where a password is to be seen, but for the DVD and the standard input of chpasswd."""
+        texts = {name: self.did[name] for name in ('requests', 'posted', 'stdout', 'stderr')}
+        texts['commands'] = re.sub(' < .*', '', self.did['commands'])
+        if os.path.exists(self.trace):
+            texts['command lines'] = as_text(files.contents(self.trace))
+        for folder, _, names in os.walk(self.home):
+            for name in names:
+                texts[name] = as_text(files.contents(os.path.join(folder, name)))
+        for path, file in self.did['files'].items():
+            if file != self.before.get(path):
+                texts[path] = path + as_text(file.content)
+        return ['the password is to be seen: %s' % name for name, said in texts.items() if SECRET in said]
+
+
+def as_text(printed):
+    return printed.decode('utf-8', 'backslashreplace')
+
+
+@functools.lru_cache(maxsize=None)
+def strace():
+    """How to trace command lines into TRACE, by a real try; nothing, where it cannot be had."""
+    for options in (['--seccomp-bpf'], []):
+        words = ['strace', '-f', '-qq', *options, '-e', 'trace=execve', '-s', '9999', '-o']
+        if shutil.which('strace') and subprocess.call(words + ['/dev/null', 'true'], stderr=subprocess.DEVNULL) == 0:
+            return words + ['TRACE']
+    return []
+
+
+def verdict(case, program, strict, environment=None):
+    """Run one case; return the differences, none if it passed, and the usage that was printed, if any."""
+    run = Run(case, program, os.environ if environment is None else environment)
+    did, usage = compare.with_placeholders(run.did, strict)
+    faults = list(run.faults)
+    if strict and run.written:
+        faults.append('files were written in HOME')
+    ours = strict and case.verdict != 'either'
+    outcomes = [list(compare.differences(expected, did, ours)) for expected in case.expected]
+    faults += compare.wrong_headers(run.requests, strict)
+    return faults + min(outcomes, key=len), usage if ours else None
+
+
+def impossible(case):
+    """Why the case cannot be run on this machine, or nothing."""
+    return sandbox.without_roots() if case.before is not None else ''
+
+
+def waits(case):
+    """Whether most of the case's time is waiting."""
+    faults = [answer.data for given in case.answers.values() for answer in given if answer.kind == 'fault']
+    return 'silent' in faults or 'drip' in faults or any('waits' in each for each in case.expected)
+
+
+class Runner:
+    """All cases for all programs: those that wait side by side, beside those that take the processor."""
+
+    def __init__(self, found, common, programs, strict, environment=None):
+        self.cases, self.common, self.programs = found, common, programs
+        self.strict, self.environment = strict, environment
+        self.passed = self.failed = self.done = 0
+        self.spoke = time.monotonic()
+        self.usages = {program: {} for program in programs}
+
+    def results(self):
+        """What came of each case, as it comes: the program, the case, the differences."""
+        jobs = [(program, case) for program in self.programs for case in self.cases]
+        with concurrent.futures.ThreadPoolExecutor(BUSY) as busy, concurrent.futures.ThreadPoolExecutor(
+            WAITING
+        ) as waiting:
+            runs = {
+                (waiting if waits(case) else busy).submit(
+                    verdict, case, program, self.strict, self.environment
+                ): (program, case)
+                for program, case in jobs
+            }
+            for run in concurrent.futures.as_completed(runs):
+                (program, case), (found, usage) = runs[run], run.result()
+                if usage is not None:
+                    self.usages[program].setdefault(usage, case.name)
+                self.passed, self.failed = self.passed + (not found), self.failed + bool(found)
+                self.done += 1
+                self.progress(len(jobs))
+                yield program, case, found
+
+    def progress(self, count):
+        """Say how far it is: on a terminal in place, elsewhere now and then."""
+        if sys.stderr.isatty():
+            end = '\n' if self.done == count else ''
+            sys.stderr.write('\r%d of %d, %d failed%s' % (self.done, count, self.failed, end))
+        elif time.monotonic() > self.spoke + OFTEN:
+            self.spoke = time.monotonic()
+            sys.stderr.write('  %d of %d, %d failed\n' % (self.done, count, self.failed))
+        sys.stderr.flush()
+
+    def run(self):
+        """Run all, and print what failed."""
+        for program, case, found in self.results():
+            if found:
+                self.tell(program, case.name, case.why, found)
+        for program, usages in self.usages.items():
+            for usage, name in usages.items():
+                if usage != self.common.usage:
+                    self.failed += 1
+                    found = compare.different_text('usage', self.common.usage, usage)
+                    self.tell(program, name, 'The usage, which cases/values has as {usage}.', [found])
+
+    @staticmethod
+    def tell(program, name, why, found):
+        lines = ''.join('  %s\n' % line for part in found for line in part.split('\n'))
+        clear = '\r' if sys.stderr.isatty() else ''
+        why = why.replace('\n', '\n  ')
+        print('%sFAILED %s: %s\n  %s\n%s' % (clear, program, name, why, lines), end='', flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--strict', action='store_true')
+    parser.add_argument('--only', default='', metavar='TEXT', help='cases with this in FAMILY/NAME')
+    parser.add_argument('programs', nargs='*', default=OURS, metavar='PROGRAM')
+    options = parser.parse_args()
+    try:
+        sandbox.enter()
+        found, common = cases.find(options.only)
+    except sandbox.Refused as reason:
+        print('nothing was run: %s' % reason)
+        sys.exit(3)
+    except cases.BadCase as error:
+        print('the cases are not in order: %s' % error)
+        sys.exit(2)
+    for program in options.programs:
+        command_line(program)
+    skipped = [case for case in found if impossible(case)]
+    found = [case for case in found if not impossible(case)]
+    runner = Runner(found, common, options.programs, options.strict)
+    runner.run()
+    if skipped:
+        print('%d skipped: %s' % (len(skipped) * len(options.programs), impossible(skipped[0])))
+    print('%d passed, %d failed' % (runner.passed, runner.failed))
+    sys.exit(1 if runner.failed else 0)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""Measure what a first boot costs, beside the least it could cost: python3 tests/bench.py
+"""Measure what a first boot costs, beside the least it could cost: python3 tests/bench/bench.py
 
 Prints tables in Markdown, the targets last, in two to three minutes. On a busy machine figures are noise: each is the
 median over rounds in which everything is run once, in turn, and a ratio is the median of the rounds' ratios.
 Exit status: 0, or 1 if a target that is a gate is missed.
 """
+
 import collections
 import concurrent.futures
 import os
+import pathlib
 import re
 import shutil
 import statistics
@@ -16,44 +18,63 @@ import sys
 import tempfile
 import time
 
-from host import GOOD, Answer, Host, endpoint_of, loopback_only
-from run import OURS, TESTS
+import kit_path  # noqa: F401  before the modules of the kit
+import sandbox
+from host import Answer, Host, endpoint_of, good
+from run import OURS
 
+HERE = pathlib.Path(__file__).resolve().parent
 ROUNDS, SIZE_ROUNDS = 15, 3
 AGENTS = 500
 PATIENCE = 120  # seconds, for whatever is started
 KIB = 1024
 PYTHON, SHELL = OURS
 SHELLS = [shell for shell in ('dash', 'bash', 'busybox ash') if shutil.which(shell.split()[0])]
-PROGRAMS = dict([('azure-provisioning.py', [PYTHON])] +
-                [('azure-provisioning.sh, %s' % shell, shell.split() + [SHELL]) for shell in SHELLS])
-YARDSTICKS = {name: str(TESTS / 'yardsticks' / name) for name in ('plain.py', 'plain.sh', 'curl.sh')}
+PROGRAMS = dict(
+    [('azure-provisioning.py', [PYTHON])]
+    + [('azure-provisioning.sh, %s' % shell, shell.split() + [SHELL]) for shell in SHELLS]
+)
+BASELINES = {name: str(HERE / 'baselines' / name) for name in ('plain.py', 'plain.sh', 'curl.sh')}
 INTERPRETER = '/usr/bin/python3'  # as in the first line of azure-provisioning.py
 PLAIN, CURL = 'two requests, plain Python', 'three curl, nothing else'
 # what is measured -> its command line, and what it is compared with
 MEASURED = {
     "python3 -IS -c ''": ([INTERPRETER, '-IS', '-c', ''], PLAIN),
-    PLAIN: ([INTERPRETER, YARDSTICKS['plain.py']], PLAIN),
-    'the same, python3 -IS': ([INTERPRETER, '-IS', YARDSTICKS['plain.py']], PLAIN),
+    PLAIN: ([INTERPRETER, BASELINES['plain.py']], PLAIN),
+    'the same, python3 -IS': ([INTERPRETER, '-IS', BASELINES['plain.py']], PLAIN),
     "sh -c ''": (['sh', '-c', ''], CURL),
-    CURL: (['sh', YARDSTICKS['curl.sh']], CURL),
-    'two requests, plain shell': (['sh', YARDSTICKS['plain.sh']], CURL),
+    CURL: (['sh', BASELINES['curl.sh']], CURL),
+    'two requests, plain shell': (['sh', BASELINES['plain.sh']], CURL),
 }
-MEASURED.update((name, (command, PLAIN if command == [PYTHON] else CURL)) for name, command in PROGRAMS.items())
+MEASURED.update(
+    (name, (command, PLAIN if command == [PYTHON] else CURL)) for name, command in PROGRAMS.items()
+)
 
 # A process inherits the peak memory of the one it was forked from, so a small one starts what is measured.
-GAUGE = [sys.executable, '-IS', '-c', '''
+GAUGE = [
+    sys.executable,
+    '-IS',
+    '-c',
+    """
 import os, sys, time
 start = time.monotonic()
 _, status, usage = os.wait4(os.spawnvp(os.P_NOWAIT, sys.argv[1], sys.argv[1:]), 0)
 print()
 print(status, (usage.ru_utime + usage.ru_stime) * 1e3, (time.monotonic() - start) * 1e3, usage.ru_maxrss / 1024)
-''']
+""",
+]
 # A PID namespace numbers its processes from 1, this shell, without a gap. No file can be written to in it.
-COUNT = ['unshare', '--pid', '--fork', 'sh', '-c',
-         'ulimit -f 0; "$@" >/dev/null; status=$?; : & echo "$status $(($! - 2))"', 'sh']
+COUNT = [
+    'unshare',
+    '--pid',
+    '--fork',
+    'sh',
+    '-c',
+    'ulimit -f 0; "$@" >/dev/null; status=$?; : & echo "$status $(($! - 2))"',
+    'sh',
+]
 
-DOCUMENT = GOOD['goalstate'][0].data
+DOCUMENT = good()['goalstate'][0].data
 SHAPES = {  # what may fill a goal state, number by number
     'elements': ('', '<E><F>%d</F></E>\n', ''),
     'one long text': ('<E>', 'text %d ', '</E>'),
@@ -68,6 +89,7 @@ targets = []
 
 class Meter(Host):
     """A host that counts its connections, and the bytes of its replies."""
+
     connections = sent = 0
 
     def serve(self, connection, server):
@@ -109,40 +131,56 @@ class Fleet(Host):
             if endpoint == 'goalstate':
                 self.incarnations[agent] += 1
                 return Answer('body', self.goal_state(agent))
-            if endpoint in ('computerName', 'name'):  # five resets in a row bring an agent to the latter
+            if endpoint in (
+                'computerName',
+                'name',
+            ):  # five resets in a row bring an agent to the latter
                 return Answer('body', b'vm-%d' % agent)
             good = re.findall(b'>([^<>]+)<', self.goal_state(agent)) + [b'Ready']
             if re.findall(b'>([^<>]+)<', request.body) != good:
                 return refusal('410 Gone')
             self.ready[agent].append(request.time)
-            return GOOD['health'][0]
+            return good()['health'][0]
 
     def goal_state(self, agent):
-        return (b'<GoalState><Incarnation>%d</Incarnation><Container><ContainerId>c-%d</ContainerId><RoleInstanceList>'
-                b'<RoleInstance><InstanceId>i-%d</InstanceId></RoleInstance></RoleInstanceList></Container></GoalState>'
-                ) % (self.incarnations[agent], agent, agent)
+        return (
+            b'<GoalState><Incarnation>%d</Incarnation><Container><ContainerId>c-%d</ContainerId><RoleInstanceList>'
+            b'<RoleInstance><InstanceId>i-%d</InstanceId></RoleInstance></RoleInstanceList></Container></GoalState>'
+        ) % (self.incarnations[agent], agent, agent)
 
 
 def refusal(status):
     return Answer('http', b'HTTP/1.1 %s\r\nContent-Length: 0\r\n\r\n' % status.encode())
 
 
-def environment(wireserver, imds, home, **settings):
-    return dict(PATH='%s:%s' % (TESTS / 'stand-ins', os.environ['PATH']), COMMANDS='/dev/null', HOME=home, TMPDIR=home,
-                AZURE_PROVISIONING_WIRESERVER=wireserver, AZURE_PROVISIONING_IMDS=imds, **settings)
+def environment(home, **settings):
+    return dict(PATH=os.environ['PATH'], COMMANDS='/dev/null', HOME=home, TMPDIR=home, **settings)
 
 
-def run(command, answers=GOOD, **settings):
+def run(command, answers=None, **settings):
     """Run a command against a host of its own, and measure it."""
-    with Meter(answers) as host, tempfile.TemporaryDirectory() as home:
+    with Meter(answers or good()) as host, tempfile.TemporaryDirectory() as home:
         before = os.stat(home).st_mtime_ns
-        done = subprocess.run(GAUGE + command, env=environment(host.wireserver, host.imds, home, **settings),
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                              timeout=PATIENCE, check=True)
-        said, _, measured = done.stdout.decode().strip().rpartition('\n')
+        process = sandbox.start(
+            GAUGE + command,
+            (host.wireserver, host.imds),
+            environment(home, **settings),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        printed, _ = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, 'the gauge ended with status %d' % process.returncode
+        said, _, measured = printed.decode().strip().rpartition('\n')
         status, *costs = map(float, measured.split())
-        return Run(int(status), *costs, said.strip(), len(host.requests), host.connections, host.sent,
-                   os.stat(home).st_mtime_ns != before)
+        return Run(
+            int(status),
+            *costs,
+            said.strip(),
+            len(host.requests),
+            host.connections,
+            host.sent,
+            os.stat(home).st_mtime_ns != before,
+        )
 
 
 def good(did):
@@ -152,7 +190,9 @@ def good(did):
 
 def rounds(number, subjects):
     """Run all the subjects, by name, that often; the first round is for warmth. Return the runs by name."""
-    turns = [{name: good(run(*subject)) for name, subject in subjects.items()} for _ in range(number + 1)]
+    turns = [
+        {name: good(run(*subject)) for name, subject in subjects.items()} for _ in range(number + 1)
+    ]
     return {name: [turn[name] for turn in turns[1:]] for name in subjects}
 
 
@@ -161,7 +201,9 @@ def median(runs, what):
 
 
 def ratio(runs, others, what='cpu'):
-    return statistics.median(getattr(run, what) / getattr(other, what) for run, other in zip(runs, others))
+    return statistics.median(
+        getattr(run, what) / getattr(other, what) for run, other in zip(runs, others)
+    )
 
 
 def table(title, *rows):
@@ -182,29 +224,59 @@ def first_boot():
     """What a run costs; return the runs by name."""
     runs = rounds(ROUNDS, {name: (command,) for name, (command, _) in MEASURED.items()})
     rows, counts = [], {}
-    for name, (command, yardstick) in MEASURED.items():
+    for name, (command, baseline) in MEASURED.items():
         counted = run(COUNT + command)
-        status, counts[name] = map(int, counted.said.split()) if counted.said else (0, 'not measured')
+        status, counts[name] = (
+            map(int, counted.said.split()) if counted.said else (0, 'not measured')
+        )
         wrote = status != 0 or counted.wrote or any(each.wrote for each in runs[name])
-        rows.append([name] + ['%.1f (%.2f)' % (median(runs[name], what), ratio(runs[name], runs[yardstick], what))
-                              for what in ('cpu', 'wall', 'memory')] +
-                    [counts[name]] + [getattr(runs[name][0], what) for what in ('requests', 'connections', 'sent')] +
-                    ['some' if wrote else 'none'])
+        rows.append(
+            [name]
+            + [
+                '%.1f (%.2f)' % (median(runs[name], what), ratio(runs[name], runs[baseline], what))
+                for what in ('cpu', 'wall', 'memory')
+            ]
+            + [counts[name]]
+            + [getattr(runs[name][0], what) for what in ('requests', 'connections', 'sent')]
+            + ['some' if wrote else 'none']
+        )
         if name in PROGRAMS and command != [PYTHON]:
             target('%s: no temporary file' % name, rows[-1][-1], not wrote)
-            target('%s: at most 12 processes' % name, counts[name],
-                   counted.said and counts[name] <= 12, gate=bool(counted.said))
+            target(
+                '%s: at most 12 processes' % name,
+                counts[name],
+                counted.said and counts[name] <= 12,
+                gate=bool(counted.said),
+            )
             cpu = ratio(runs[name], runs[CURL])
-            target('%s: CPU at most 1.5 times the three curl calls' % name, '%.2f' % cpu, cpu <= 1.5,
-                   gate=False)
+            target(
+                '%s: CPU at most 1.5 times the three curl calls' % name,
+                '%.2f' % cpu,
+                cpu <= 1.5,
+                gate=False,
+            )
         elif name in PROGRAMS:
             cpu, memory = (ratio(runs[name], runs[PLAIN], what) for what in ('cpu', 'memory'))
             target('%s: no more CPU than the plain script' % name, '%.2f' % cpu, cpu <= 1)
             target('%s: peak memory at most 5 %% above it' % name, '%.2f' % memory, memory <= 1.05)
-    table('A first boot: median of %d rounds, in parentheses the ratio to the row 1.00' % ROUNDS,
-          ['', 'CPU, ms', 'wall, ms', 'memory, MiB', 'processes', 'requests', 'connections', 'bytes read',
-           'files written'], *rows)
-    print("\nProcesses are counted with the first; of memory, what sh -c '' shows is the gauge's own.")
+    table(
+        'A first boot: median of %d rounds, in parentheses the ratio to the row 1.00' % ROUNDS,
+        [
+            '',
+            'CPU, ms',
+            'wall, ms',
+            'memory, MiB',
+            'processes',
+            'requests',
+            'connections',
+            'bytes read',
+            'files written',
+        ],
+        *rows,
+    )
+    print(
+        "\nProcesses are counted with the first; of memory, what sh -c '' shows is the gauge's own."
+    )
     return {name: runs[name] for name in PROGRAMS}
 
 
@@ -217,7 +289,7 @@ def grown(shape, size):
         filling = '<E>' * depth + '</E>' * depth
     else:
         numbered = ''.join(each.replace('%d', str(number)) for number in range(room // len(each)))
-        filling = start + numbered[:numbered.rindex(each[-1], 0, room) + 1] + end
+        filling = start + numbered[: numbered.rindex(each[-1], 0, room) + 1] + end
     return DOCUMENT.replace(b'<Machine>', filling.encode() + b'<Machine>', 1)
 
 
@@ -229,45 +301,81 @@ def large_goal_states():
         for size in sizes:
             document = grown(shape, size)
             assert size - 64 < len(document) <= size
-            subjects.update(((name, shape, size), (command, dict(GOOD, goalstate=[Answer('body', document)])))
-                            for name, command in PROGRAMS.items())
+            subjects.update(
+                ((name, shape, size), (command, good(goalstate=[Answer('body', document)])))
+                for name, command in PROGRAMS.items()
+            )
     runs = rounds(SIZE_ROUNDS, subjects)
     rows = []
     for name in PROGRAMS:
-        ratios = {shape: [ratio(runs[name, shape, size], runs[name]) for size in sizes] for shape in SHAPES}
+        ratios = {
+            shape: [ratio(runs[name, shape, size], runs[name]) for size in sizes]
+            for shape in SHAPES
+        }
         rows.append([name] + ['%.2f, %.2f' % tuple(pair) for pair in ratios.values()])
         dear = ['%s %.2f' % (shape, whole) for shape, (_, whole) in ratios.items() if whole > 1.5]
-        target('%s: a goal state of 64 KiB costs at most 1.5 runs' % name, ', '.join(dear) or 'all do', not dear,
-               gate=name == 'azure-provisioning.py')  # each tag costs a shell twenty commands
+        target(
+            '%s: a goal state of 64 KiB costs at most 1.5 runs' % name,
+            ', '.join(dear) or 'all do',
+            not dear,
+            gate=name == 'azure-provisioning.py',
+        )  # each tag costs a shell twenty commands
         # Twice the bytes cost twice as much, or four times where it is quadratic; a fifth of a run may be noise.
-        steep = ['%s %.1f' % (shape, (whole - 1) / max(half - 1, .01)) for shape, (half, whole) in ratios.items()
-                 if whole - 1 > max(.2, 3 * (half - 1))]
-        target('%s: its cost grows linearly at most' % name, ', '.join(steep) or 'all do', not steep, gate=False)
-    table('CPU of a run with a goal state of 32 and of 64 KiB, as a ratio to one of 2 KiB, by what fills it',
-          [''] + list(SHAPES), *rows)
+        steep = [
+            '%s %.1f' % (shape, (whole - 1) / max(half - 1, 0.01))
+            for shape, (half, whole) in ratios.items()
+            if whole - 1 > max(0.2, 3 * (half - 1))
+        ]
+        target(
+            '%s: its cost grows linearly at most' % name,
+            ', '.join(steep) or 'all do',
+            not steep,
+            gate=False,
+        )
+    table(
+        'CPU of a run with a goal state of 32 and of 64 KiB, as a ratio to one of 2 KiB, by what fills it',
+        [''] + list(SHAPES),
+        *rows,
+    )
 
 
 def endless(normal):
     """How much memory a run takes where a body has no end, or is announced with 1 GiB."""
     faults = ('endless', 'endless-lines', 'endless-chunks', 'gigabyte')
     with concurrent.futures.ThreadPoolExecutor(len(PROGRAMS) * len(faults)) as pool:
-        runs = {(name, fault): pool.submit(run, command + ['ready'], {'goalstate': [Answer('fault', fault)]},
-                                           AZURE_PROVISIONING_ATTEMPTS='1')
-                for name, command in PROGRAMS.items() for fault in faults}
+        runs = {
+            (name, fault): pool.submit(
+                run,
+                command + ['ready'],
+                {'goalstate': [Answer('fault', fault)]},
+                AZURE_PROVISIONING_ATTEMPTS='1',
+            )
+            for name, command in PROGRAMS.items()
+            for fault in faults
+        }
     rows = []
     for name in PROGRAMS:
         usual = median(normal[name], 'memory')
         peaks = [runs[name, fault].result().memory for fault in faults]
-        rows.append([name, '%.1f' % usual] + ['%.1f (%.2f)' % (peak, peak / usual) for peak in peaks])
-        target('%s: memory of an endless body as of a normal one, within 10 %%' % name, '%.2f' % (max(peaks) / usual),
-               max(peaks) <= 1.1 * usual)
+        rows.append(
+            [name, '%.1f' % usual] + ['%.1f (%.2f)' % (peak, peak / usual) for peak in peaks]
+        )
+        target(
+            '%s: memory of an endless body as of a normal one, within 10 %%' % name,
+            '%.2f' % (max(peaks) / usual),
+            max(peaks) <= 1.1 * usual,
+        )
     table('Memory where the goal state does not end, MiB', ['', 'normal'] + list(faults), *rows)
 
 
 def spread(values):
     values = sorted(values)
-    return '%.3g / %.3g / %.3g / %.3g' % (values[0], statistics.median(values), values[len(values) * 9 // 10],
-                                          values[-1])
+    return '%.3g / %.3g / %.3g / %.3g' % (
+        values[0],
+        statistics.median(values),
+        values[len(values) * 9 // 10],
+        values[-1],
+    )
 
 
 def fleet():
@@ -282,8 +390,15 @@ def fleet():
             url = '%s/agent/%d' % (host.wireserver, agent)
             started.append(time.monotonic())
             with open(os.path.join(home, str(agent)), 'w') as trouble:
-                processes.append(subprocess.Popen([OURS[agent % 2]], env=environment(url, url, home),
-                                                  stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=trouble))
+                processes.append(
+                    sandbox.start(
+                        [OURS[agent % 2]],
+                        (url, url),
+                        environment(home),
+                        stdout=subprocess.DEVNULL,
+                        stderr=trouble,
+                    )
+                )
         deadline = time.monotonic() + PATIENCE
         for agent, process in enumerate(processes):
             try:
@@ -293,28 +408,57 @@ def fleet():
                 process.wait()
             if process.returncode != 0:
                 with open(os.path.join(home, str(agent))) as trouble:
-                    print('\nAgent %d ended with status %d:\n%s' % (agent, process.returncode, trouble.read()))
+                    print(
+                        '\nAgent %d ended with status %d:\n%s'
+                        % (agent, process.returncode, trouble.read())
+                    )
         done = sum(process.returncode == 0 for process in processes)
         once = sum(len(host.ready[agent]) == 1 for agent in range(agents))
         mean = sum(host.asked_by.values()) / agents
         rows = []
         for script in range(2):
             ours = range(script, agents, 2)
-            rows.append([OURS[script].rpartition('/')[2], len(ours), spread(host.asked_by[agent] for agent in ours),
-                         spread(host.ready[agent][0] - started[agent] for agent in ours if host.ready[agent])])
-    table('%d agents at once: the first %d requests are answered with 429 or 503, every tenth is reset' % (
-        agents, 3 * agents), ['', 'agents', 'requests of an agent: min / median / 90 % / max',
-                              'seconds to Ready: min / median / 90 % / max'], *rows)
-    print('\nThe agents took %.0f s of CPU time together, on %d processors.%s' % (
-        sum(os.times()[2:4]) - sum(before[2:4]), os.cpu_count(),
-        ' There was memory for no more of them.' if agents < AGENTS else ''))
+            rows.append(
+                [
+                    OURS[script].rpartition('/')[2],
+                    len(ours),
+                    spread(host.asked_by[agent] for agent in ours),
+                    spread(
+                        host.ready[agent][0] - started[agent] for agent in ours if host.ready[agent]
+                    ),
+                ]
+            )
+    table(
+        '%d agents at once: the first %d requests are answered with 429 or 503, every tenth is reset'
+        % (agents, 3 * agents),
+        [
+            '',
+            'agents',
+            'requests of an agent: min / median / 90 % / max',
+            'seconds to Ready: min / median / 90 % / max',
+        ],
+        *rows,
+    )
+    print(
+        '\nThe agents took %.0f s of CPU time together, on %d processors.%s'
+        % (
+            sum(os.times()[2:4]) - sum(before[2:4]),
+            os.cpu_count(),
+            ' There was memory for no more of them.' if agents < AGENTS else '',
+        )
+    )
     target('fleet: every agent ends well', '%d of %d' % (done, agents), done == agents)
-    target('fleet: exactly one report of each is taken', '%d of %d' % (once, agents), once == agents)
+    target(
+        'fleet: exactly one report of each is taken', '%d of %d' % (once, agents), once == agents
+    )
     target('fleet: at most 8 requests of an agent on average', '%.1f' % mean, mean <= 8)
 
 
 def main():
-    loopback_only()
+    refused = sandbox.refusal()
+    if refused:
+        print('nothing was run: %s' % refused)
+        sys.exit(3)
     normal = first_boot()
     large_goal_states()
     endless(normal)

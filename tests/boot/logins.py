@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""First boots that make the user, and real logins: python3 tests/logins.py [--tree TREE] [PROGRAM]...
+"""First boots that make the user, and real logins: python3 tests/boot/logins.py [--tree TREE] [PROGRAM]...
 
 As boot.py, but with the steps that make a user with SSH keys and a password. Then the machine logs in to itself, with
 the real ssh and sshd. A namespace cannot mount a DVD: here /dev/sr0 is a file and the command mount binds a folder;
@@ -7,6 +7,7 @@ vm.py has the real ones.
 Prints a line a check, in TAP. Exit status: 0 all passed or were skipped, 1.
 Needs root, systemd, iproute2 and ssh-keygen, and in TREE OpenSSH, sudo and useradd.
 """
+
 import base64
 import contextlib
 import os
@@ -16,62 +17,57 @@ import socket
 import struct
 import subprocess
 import threading
-from xml.sax.saxutils import escape
 
-from boot import BLOCK, SILENT, expect, is_provisioned, main
-from host import ENDPOINTS, GOOD, Answer, Azure
+import kit_path  # noqa: F401  before the modules of the kit
+from host import ENDPOINTS, Answer, Azure, good
+from lib import (
+    BLOCK,
+    KEYS,
+    PASSWORD,
+    SILENT,
+    USER,
+    UUIDS,
+    boot_and_log_in,
+    expect,
+    has_user,
+    is_provisioned,
+    let_in,
+    main,
+    ovf,
+)
 from tap import Skipped
 
 STEPS = 'user password data hostname ready remember'
-USER = 'azureuser'
-PASSWORD = 'it\'s <a> & "b" $HOME \\n %s:x'
-OVF = """<?xml version="1.0" encoding="utf-8"?>
-<ns0:Environment xmlns:ns0="http://schemas.dmtf.org/ovf/environment/1"
-    xmlns:ns1="http://schemas.microsoft.com/windowsazure">
-  <ns1:ProvisioningSection>
-    <ns1:Version>1.0</ns1:Version>
-    <ns1:LinuxProvisioningConfigurationSet>
-      <ns1:ConfigurationSetType>LinuxProvisioningConfiguration</ns1:ConfigurationSetType>
-      <ns1:HostName>web-1</ns1:HostName>
-      <ns1:UserName>{}</ns1:UserName>
-      <ns1:UserPassword>{}</ns1:UserPassword>
-      <ns1:DisableSshPasswordAuthentication>{}</ns1:DisableSshPasswordAuthentication>
-      <ns1:CustomData>Y3VzdG9tIGRhdGEK</ns1:CustomData>
-    </ns1:LinuxProvisioningConfigurationSet>
-  </ns1:ProvisioningSection>
-</ns0:Environment>
-"""
 MOUNT = """#!/bin/sh
 for where; do true; done
 exec /bin/mount --bind /azure-provisioning-tests/dvd "$where"
 """
-UUIDS = ['11111111-2222-3333-4444-%012d\n' % number for number in range(2)]
 BAD_REQUEST = Answer('http', b'HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n')
-KEYS = {'id_rsa': ['rsa'], 'id_ed25519': ['ed25519'], 'id_ecdsa256': ['ecdsa', '-b', '256'],
-        'id_ecdsa384': ['ecdsa', '-b', '384'], 'id_ecdsa521': ['ecdsa', '-b', '521']}
 NO_IPV6 = 'LinkLocalAddressing=no\nIPv6AcceptRA=no\n'
 POINTS = [  # of a run: an endpoint that is silent; or a command that does not end, and what it does before
-    ('adminUsername', '', ''), ('keyData', '', ''), ('', 'useradd', ''),
-    ('', 'useradd', '/usr/sbin/useradd -M -s "$3" "$4"'), ('', 'chpasswd', ''), ('', 'chown', ''), ('', 'visudo', ''),
-    ('', 'mount', ''), ('', 'umount', ''), ('', 'chpasswd', '[ $# = 0 ] || exec /usr/sbin/chpasswd "$@"'),
-    ('', 'systemctl', '[ "$1" = try-reload-or-restart ] || exec /bin/systemctl "$@"'), ('userData', '', ''),
-    ('computerName', '', ''), ('health', '', '')]
-NEEDED = ['ssh-keygen', '/usr/sbin/sshd', '/usr/bin/ssh', '/usr/bin/sudo', '/usr/sbin/visudo', '/usr/sbin/useradd']
-
-
-def ovf(disable):
-    """What is on the DVD."""
-    return OVF.format(USER, escape(PASSWORD, {'"': '&quot;', "'": '&apos;'}), disable)
-
-
-def has_user(machine, *keys):
-    """Prepare a machine for a user with keys, and return the answers of its Azure host."""
-    machine.write('azure-provisioning-tests/logins.d/user', USER)
-    machine.write('azure-provisioning-tests/logins.d/password', PASSWORD)
-    machine.write('etc/hosts', '127.0.0.1 localhost web-1\n')  # for sudo
-    for link in 'sshd.service', 'multi-user.target.wants/ssh.service':  # as its package has it
-        (machine.units / link).symlink_to('/lib/systemd/system/ssh.service')
-    return answers([make_key(machine, name) for name in keys])
+    ('adminUsername', '', ''),
+    ('keyData', '', ''),
+    ('', 'useradd', ''),
+    ('', 'useradd', '/usr/sbin/useradd -M -s "$3" "$4"'),
+    ('', 'chpasswd', ''),
+    ('', 'chown', ''),
+    ('', 'visudo', ''),
+    ('', 'mount', ''),
+    ('', 'umount', ''),
+    ('', 'chpasswd', '[ $# = 0 ] || exec /usr/sbin/chpasswd "$@"'),
+    ('', 'systemctl', '[ "$1" = try-reload-or-restart ] || exec /bin/systemctl "$@"'),
+    ('userData', '', ''),
+    ('computerName', '', ''),
+    ('health', '', ''),
+]
+NEEDED = [
+    'ssh-keygen',
+    '/usr/sbin/sshd',
+    '/usr/bin/ssh',
+    '/usr/bin/sudo',
+    '/usr/sbin/visudo',
+    '/usr/sbin/useradd',
+]
 
 
 def has_dvd(machine, disable='false'):
@@ -82,45 +78,12 @@ def has_dvd(machine, disable='false'):
     (machine.state / 'product_uuid').write_text(UUIDS[0])
 
 
-def make_key(machine, name):
-    """Make a key pair, the private one for the logins; return the public one."""
-    private = machine.upper / 'azure-provisioning-tests/logins.d' / name
-    subprocess.run(['ssh-keygen', '-q', '-t', *KEYS[name], '-N', '', '-C', 'me and ' + name, '-f', str(private)],
-                   check=True)
-    public = private.parent / (name + '.pub')
-    line = public.read_text().strip()
-    public.unlink()
-    return line
-
-
-def answers(keys):
-    """Those of an Azure host that knows a user with these keys."""
-    leaves = {'adminUsername': USER, 'publicKeys': ''.join('%d/\n' % number for number, _ in enumerate(keys)),
-              'disablePasswordAuthentication': 'false', 'userData': 'dXNlciBkYXRhCg=='}
-    leaves = {leaf: [Answer('body', value.encode())] for leaf, value in leaves.items()}
-    return dict(GOOD, keyData=[Answer('body', key.encode()) for key in keys], **leaves)
-
-
-def boot_and_log_in(machine, *options):
-    """Boot a machine that logs in to itself in the end; return the report."""
-    machine.write('etc/systemd/system/report.service.d/logins.conf',
-                  '[Service]\nExecStartPost=/azure-provisioning-tests/logins\nTimeoutStartSec=290\n')
-    return machine.boot(*options)
-
-
 def is_ready(report, host):
     """Assert that Azure was told Ready, once, and the unit ended well."""
     assert [b'<State>Ready</State>' in post.body for post in host.posts()] == [True], report
-    expect(report, {'kernel-hostname': 'web-1', 'azure-provisioning.service:ActiveState': 'inactive'})
-
-
-def let_in(report, *ways):
-    """Assert that these ways to log in lead in, and with sudo to root, with PAM and without; and no other does."""
-    said = {name: value for name, (value, *_) in report.items() if name.startswith('login:')}
-    ways = {'login:%s:%s' % (way, pam) for way in ways for pam in ('with-PAM', 'without-PAM')}
-    assert ways <= set(said), said
-    for way, value in said.items():
-        assert value == USER + ' root' if way in ways else 'Permission denied' in value, said
+    expect(
+        report, {'kernel-hostname': 'web-1', 'azure-provisioning.service:ActiveState': 'inactive'}
+    )
 
 
 def files(machine, *folders):
@@ -132,7 +95,12 @@ def files(machine, *folders):
             content = os.fsencode(os.readlink(str(path)))
         elif path.is_file():
             content = path.read_bytes()
-        found[str(path.relative_to(machine.upper))] = oct(status.st_mode), status.st_uid, status.st_gid, content
+        found[str(path.relative_to(machine.upper))] = (
+            oct(status.st_mode),
+            status.st_uid,
+            status.st_gid,
+            content,
+        )
     return found
 
 
@@ -141,18 +109,32 @@ def end_state(machine):
     useradd makes of a home: its mode, and what is in /etc/skel.
     """
     state = files(machine, 'etc', 'home', 'var/lib/azure-provisioning')
-    skel = {'home/%s/%s' % (USER, path.name) for path in pathlib.Path(machine.tree, 'etc/skel').iterdir()}
-    state = {path: what for path, what in state.items() if path[-1] != '-' and path not in skel and
-             path != 'etc/machine-id' and not path.startswith('etc/systemd')}
+    skel = {
+        'home/%s/%s' % (USER, path.name)
+        for path in pathlib.Path(machine.tree, 'etc/skel').iterdir()
+    }
+    state = {
+        path: what
+        for path, what in state.items()
+        if path[-1] != '-'
+        and path not in skel
+        and path != 'etc/machine-id'
+        and not path.startswith('etc/systemd')
+    }
     state['home/' + USER] = state['home/' + USER][1:3]
-    state['etc/shadow'] = state['etc/shadow'][:3] + (re.sub(rb':\$[^:]+:\d+:', b':HASH:DAY:', state['etc/shadow'][3]),)
+    state['etc/shadow'] = state['etc/shadow'][:3] + (
+        re.sub(rb':\$[^:]+:\d+:', b':HASH:DAY:', state['etc/shadow'][3]),
+    )
     return state
 
 
 def is_readable_by(machine, wanted):
     """Assert modes and owners of paths in a machine: 0 is root, 1 the user."""
     passwd = (machine.upper / 'etc/passwd').read_text()
-    users = [(0, 0), tuple(map(int, re.search('(?m)^%s:[^:]*:([0-9]+):([0-9]+):' % USER, passwd).groups()))]
+    users = [
+        (0, 0),
+        tuple(map(int, re.search('(?m)^%s:[^:]*:([0-9]+):([0-9]+):' % USER, passwd).groups())),
+    ]
     for path, (mode, owner) in wanted.items():
         status = (machine.upper / path).lstat()
         found = oct(status.st_mode)[-3:], (status.st_uid, status.st_gid)
@@ -163,7 +145,7 @@ def on_token(key):
     """The public key as if its private one were on a FIDO token: another type, and an application in the end."""
     kind, blob, comment = key.split(' ', 2)
     other = kind.replace('ecdsa-', 'sk-ecdsa-').replace('ssh-', 'sk-ssh-') + '@openssh.com'
-    blob = base64.b64decode(blob)[4 + len(kind):] + struct.pack('>I4s', 4, b'ssh:')
+    blob = base64.b64decode(blob)[4 + len(kind) :] + struct.pack('>I4s', 4, b'ssh:')
     blob = struct.pack('>I', len(other)) + other.encode() + blob
     return ' '.join([other, base64.b64encode(blob).decode(), comment])
 
@@ -179,10 +161,20 @@ def keys(machine):
         report = boot_and_log_in(machine)
         is_provisioned(report, host.posts())
     let_in(report, *KEYS)
-    is_readable_by(machine, {'home/azureuser/.ssh': ('700', 1), 'home/azureuser/.ssh/authorized_keys': ('600', 1),
-                             'etc/sudoers.d/azure-provisioning': ('440', 0)})
-    known = subprocess.run(['ssh-keygen', '-l', '-f', str(machine.upper / 'home/azureuser/.ssh/authorized_keys')],
-                           stdout=subprocess.PIPE, universal_newlines=True, check=True).stdout
+    is_readable_by(
+        machine,
+        {
+            'home/azureuser/.ssh': ('700', 1),
+            'home/azureuser/.ssh/authorized_keys': ('600', 1),
+            'etc/sudoers.d/azure-provisioning': ('440', 0),
+        },
+    )
+    known = subprocess.run(
+        ['ssh-keygen', '-l', '-f', str(machine.upper / 'home/azureuser/.ssh/authorized_keys')],
+        stdout=subprocess.PIPE,
+        universal_newlines=True,
+        check=True,
+    ).stdout
     kinds = re.findall(r'\((.*)\)$', known, re.MULTILINE)
     assert kinds == ['RSA', 'ED25519', 'ECDSA', 'ECDSA', 'ECDSA', 'ED25519-SK', 'ECDSA-SK'], known
 
@@ -198,15 +190,25 @@ def password(machine):
         is_ready(report, host)
     let_in(report, 'id_ed25519', 'password')
     everything = files(machine, '.')
-    found = [path for path, what in everything.items() if PASSWORD.encode() in what[3]] + report['password-in']
+    found = [path for path, what in everything.items() if PASSWORD.encode() in what[3]] + report[
+        'password-in'
+    ]
     assert set(found) == {'azure-provisioning-tests/logins.d/password'}, found
-    is_readable_by(machine, {'home/azureuser/.ssh/authorized_keys': ('600', 1),
-                             'var/lib/azure-provisioning': ('700', 0),
-                             'var/lib/azure-provisioning/user-data': ('600', 0),
-                             'var/lib/azure-provisioning/custom-data': ('600', 0),
-                             'var/lib/azure-provisioning/vm-id': ('600', 0)})
+    is_readable_by(
+        machine,
+        {
+            'home/azureuser/.ssh/authorized_keys': ('600', 1),
+            'var/lib/azure-provisioning': ('700', 0),
+            'var/lib/azure-provisioning/user-data': ('600', 0),
+            'var/lib/azure-provisioning/custom-data': ('600', 0),
+            'var/lib/azure-provisioning/vm-id': ('600', 0),
+        },
+    )
     for name in 'user', 'custom':
-        assert everything['var/lib/azure-provisioning/%s-data' % name][3] == b'%s data\n' % name.encode()
+        assert (
+            everything['var/lib/azure-provisioning/%s-data' % name][3]
+            == b'%s data\n' % name.encode()
+        )
 
 
 def no_passwords(machine):
@@ -260,7 +262,11 @@ def power_cut(machine):
         subprocess.run(['cp', '-a', str(image), str(machine.upper)], check=True)
         wanted = 'GET /in-%s-' % blocked if blocked else ENDPOINTS[silent].replace('/N/', '/0/')
         if blocked:
-            machine.write('usr/local/sbin/' + blocked, BLOCK.replace('\n', '\n%s\n' % before, 1) % blocked, 0o755)
+            machine.write(
+                'usr/local/sbin/' + blocked,
+                BLOCK.replace('\n', '\n%s\n' % before, 1) % blocked,
+                0o755,
+            )
         with Azure(dict(answers, **{silent: SILENT})) as host:
             machine.boot(lambda up: any(wanted in request.line for request in host.requests))
         assert machine.cut, (silent, blocked, host.requests)
@@ -272,32 +278,50 @@ def power_cut(machine):
 
 
 def is_same(state, other):
-    differ = ['%s: %.200s, %.200s' % (path, state.get(path), other.get(path))
-              for path in sorted(set(state) | set(other)) if state.get(path) != other.get(path)]
+    differ = [
+        '%s: %.200s, %.200s' % (path, state.get(path), other.get(path))
+        for path in sorted(set(state) | set(other))
+        if state.get(path) != other.get(path)
+    ]
     assert not differ, '\n'.join(differ)
 
 
 def not_ready(machine):
     """Where IMDS can name no user, Azure is told NotReady, once, and the unit fails and stays enabled."""
-    with Azure(dict(GOOD, adminUsername=[BAD_REQUEST])) as host:
+    with Azure(good(adminUsername=[BAD_REQUEST])) as host:
         report = machine.boot()
         posts = host.posts()
     assert len(posts) == 1 and b'<State>NotReady</State>' in posts[0].body, posts
-    assert b'|reason=user: gave up after 1 attempts: adminUsername: HTTP 400|' in posts[0].body, posts
-    expect(report, {'enabled': 'enabled', 'kernel-hostname': 'image',
-                    'azure-provisioning.service:ActiveState': 'failed'})
+    assert b'|reason=user: gave up after 1 attempts: adminUsername: HTTP 400|' in posts[0].body, (
+        posts
+    )
+    expect(
+        report,
+        {
+            'enabled': 'enabled',
+            'kernel-hostname': 'image',
+            'azure-provisioning.service:ActiveState': 'failed',
+        },
+    )
 
 
 def publish(machine):
     """A DHCP server learns the hostname, of systemd-networkd, though the lease was there before it was set."""
     if not pathlib.Path(machine.tree, 'lib/systemd/systemd-networkd').exists():
         raise Skipped('no systemd-networkd')
-    machine.write('etc/systemd/network/client.network', '[Match]\nName=client\n[Network]\nDHCP=ipv4\n' + NO_IPV6)
-    machine.write('etc/systemd/network/server.network',
-                  '[Match]\nName=server\n[Network]\nAddress=10.0.0.1/24\n' + NO_IPV6)
+    machine.write(
+        'etc/systemd/network/client.network',
+        '[Match]\nName=client\n[Network]\nDHCP=ipv4\n' + NO_IPV6,
+    )
+    machine.write(
+        'etc/systemd/network/server.network',
+        '[Match]\nName=server\n[Network]\nAddress=10.0.0.1/24\n' + NO_IPV6,
+    )
     wanted = machine.units / 'multi-user.target.wants/systemd-networkd.service'
     wanted.symlink_to('/lib/systemd/system/systemd-networkd.service')
-    subprocess.run(['ip', 'link', 'add', 'server', 'type', 'veth', 'peer', 'name', 'client'], check=True)
+    subprocess.run(
+        ['ip', 'link', 'add', 'server', 'type', 'veth', 'peer', 'name', 'client'], check=True
+    )
     try:
         with Azure() as host, DHCP('server') as dhcp:
             machine.boot(lambda up: dhcp.names[-1:] == ['web-1'] and not machine.enabled())
@@ -334,18 +358,25 @@ class DHCP:
                 return
             options, position = {}, 240  # behind the fixed part and the magic number
             while position < len(request) and request[position] not in (0, 255):
-                code, length = request[position:position + 2]
-                options[code] = request[position + 2:position + 2 + length]
+                code, length = request[position : position + 2]
+                options[code] = request[position + 2 : position + 2 + length]
                 position += 2 + length
-            answer = {b'\1': b'\2', b'\3': b'\5'}.get(options.get(53))  # DISCOVER: OFFER; REQUEST: ACK
+            answer = {b'\1': b'\2', b'\3': b'\5'}.get(
+                options.get(53)
+            )  # DISCOVER: OFFER; REQUEST: ACK
             if answer is None:
                 continue
             if answer == b'\5':
                 self.names.append(options.get(12, b'').decode())
             us = socket.inet_aton('10.0.0.1')
             reply = b'\2' + request[1:16] + socket.inet_aton('10.0.0.2') + us + request[24:240]
-            for code, value in (53, answer), (54, us), (51, b'\0\0\x0e\x10'), (1, b'\xff\xff\xff\0'), (
-                    3, socket.inet_aton('10.0.0.254')):
+            for code, value in (
+                (53, answer),
+                (54, us),
+                (51, b'\0\0\x0e\x10'),
+                (1, b'\xff\xff\xff\0'),
+                (3, socket.inet_aton('10.0.0.254')),
+            ):
                 reply += bytes([code, len(value)]) + value
             self.socket.sendto(reply + b'\xff', ('255.255.255.255', 68))
 
@@ -358,6 +389,5 @@ password.steps = no_passwords.steps = recapture.steps = STEPS
 again.steps = power_cut.steps = 'user password data hostname ready'
 not_ready.steps = 'user hostname ready'
 CHECKS = [keys, password, no_passwords, recapture, again, power_cut, not_ready, publish]
-
 if __name__ == '__main__':
     main(__doc__, CHECKS, NEEDED)

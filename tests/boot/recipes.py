@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""The README's recipes: python3 tests/recipes.py [--tree TREE] [--openrc TREE]
+"""The README's recipes: python3 tests/boot/recipes.py [--tree TREE] [--openrc TREE]
 
 Each check runs a recipe's own lines in a tree of Debian, and boots what comes of it: in namespaces, as boot.py does, or
 in QEMU, as vm.py, which also has the recipe for BusyBox. A TREE is made where it is not given, of PACKAGES.
 Prints a line a check, in TAP, and what was measured as comments. Exit status: 0 all passed or were skipped, 1.
 Needs root, apt-get, qemu-system-x86_64, systemd, iproute2, shellcheck and, without TREE, mmdebstrap.
 """
+
 import argparse
 import contextlib
 import ctypes
@@ -19,10 +20,11 @@ import subprocess
 import sys
 import tempfile
 
-import vm
-from boot import GOOD_RUN, Machine, expect, from_readme, is_provisioned
+import kit_path  # noqa: F401  before the modules of the kit
+import lib
 from host import Azure, network
-from run import TESTS
+from lib import HERE, GOOD_RUN, Machine, expect, from_readme, is_provisioned
+from run import PROJECT
 from tap import Skipped, measured, tell
 
 PACKAGES = {
@@ -61,13 +63,31 @@ class Image(Machine):
         for folder in self.upper, self.files, self.state / 'root', self.state / 'work':
             folder.mkdir()
         for name in 'azure-provisioning.sh', 'azure-provisioning.service':
-            shutil.copy(str(TESTS.parent / name), str(self.files))
+            shutil.copy(str(PROJECT / name), str(self.files))
 
     def run(self, commands):
         """Run commands in the image, and return what they print."""
-        done = subprocess.run(['unshare', '--net', '--mount', '--pid', '--fork', '--kill-child', 'sh', '-c', CHROOT,
-                               'sh', self.tree, str(self.state), commands], stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+        done = subprocess.run(
+            [
+                'unshare',
+                '--net',
+                '--mount',
+                '--pid',
+                '--fork',
+                '--kill-child',
+                'sh',
+                '-c',
+                CHROOT,
+                'sh',
+                self.tree,
+                str(self.state),
+                commands,
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            universal_newlines=True,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -75,8 +95,8 @@ class Image(Machine):
         """Have the next boots tell how they went."""
         self.write('etc/hostname', 'image\n')
         self.write('etc/systemd/journald.conf.d/tests.conf', '[Journal]\nStorage=volatile\n')
-        self.write('etc/systemd/system/report.service', (TESTS / 'image/report.service').read_text())
-        shutil.copytree(str(TESTS / 'image'), str(self.upper / 'azure-provisioning-tests'))
+        self.write('etc/systemd/system/report.service', (HERE / 'image/report.service').read_text())
+        shutil.copytree(str(HERE / 'image'), str(self.upper / 'azure-provisioning-tests'))
         self.enable('report')
 
 
@@ -85,8 +105,10 @@ def debian():
     image = Image('tree')
     keys = host_keys(image)
     image.run(from_readme('apt-get purge'))
-    left = image.run('ls /etc/ssh/ssh_host_* /lib/systemd/system/cloud-* /lib/systemd/system/*agent* 2>/dev/null || :; '
-                     'cat /etc/machine-id; find /var/log -type f')
+    left = image.run(
+        'ls /etc/ssh/ssh_host_* /lib/systemd/system/cloud-* /lib/systemd/system/*agent* 2>/dev/null || :; '
+        'cat /etc/machine-id; find /var/log -type f'
+    )
     assert left == '', left
     image.report()
     with Azure() as host:
@@ -107,9 +129,11 @@ def alpine():
         (image.upper / own).mkdir(parents=True)
         os.setxattr(str(image.upper / own), 'trusted.overlay.opaque', b'y')
     shutil.copy(str(busybox()), str(image.files))
-    image.run('cp busybox /usr/local/bin && rm -f /usr/bin/curl && ln -sf /usr/local/bin/busybox /bin/sh &&'
-              '/bin/sh -c "/usr/local/bin/busybox --install -s /usr/local/bin" &&'
-              'mkdir -p /etc/network /etc/runlevels/sysinit /etc/runlevels/boot /etc/runlevels/default')
+    image.run(
+        'cp busybox /usr/local/bin && rm -f /usr/bin/curl && ln -sf /usr/local/bin/busybox /bin/sh &&'
+        '/bin/sh -c "/usr/local/bin/busybox --install -s /usr/local/bin" &&'
+        'mkdir -p /etc/network /etc/runlevels/sysinit /etc/runlevels/boot /etc/runlevels/default'
+    )
     image.write('usr/local/bin/apk', '#!/bin/sh\n', 0o755)
     image.write('etc/init.d/networking', '#!/sbin/openrc-run\nstart() { :; }\n', 0o755)
     image.write('etc/init.d/azure-provisioning', from_readme('openrc-run'), 0o755)
@@ -127,7 +151,11 @@ def dracut():
     """dracut: its initramfs reports Ready, before a root that never comes."""
     image = Image('tree')
     module = 'usr/lib/dracut/modules.d/95azure-provisioning/'
-    for name, words in (('module-setup.sh', 'inst_multiple'), ('start.sh', '.done; }'), ('finished.sh', '[ -e /run')):
+    for name, words in (
+        ('module-setup.sh', 'inst_multiple'),
+        ('start.sh', '.done; }'),
+        ('finished.sh', '[ -e /run'),
+    ):
         image.write(module + name, from_readme(words), 0o755)
     image.run('install -m 755 azure-provisioning.sh /usr/local/sbin/azure-provisioning')
     include = image.files / 'include'
@@ -138,13 +166,16 @@ def dracut():
         (hooks / path).chmod(0o755)
     (include / 'busybox').mkdir()
     shutil.copy(str(busybox()), str(include / 'busybox'))
-    shutil.copy(str(TESTS / 'busybox/azure-host'), str(include))
-    shutil.copytree(str(vm.busybox_tree() / 'answers'), str(include / 'answers'))
+    shutil.copy(str(HERE / 'busybox/azure-host'), str(include))
+    shutil.copytree(str(lib.busybox_tree() / 'answers'), str(include / 'answers'))
     image.run('dracut --force --no-hostonly --no-kernel --include include / initramfs none')
-    measured('an initramfs of %d MiB, without kernel modules', (image.files / 'initramfs').stat().st_size >> 20)
-    report = vm.boot('root=LABEL=none', '-initrd', str(image.files / 'initramfs'))
-    assert report['posted'] == vm.POSTED and report['request'] == vm.REQUESTS[:2], report
-    assert report['journal'] == GOOD_RUN[:GOOD_RUN.index('Response: 200') + 1], report
+    measured(
+        'an initramfs of %d MiB, without kernel modules',
+        (image.files / 'initramfs').stat().st_size >> 20,
+    )
+    report = lib.boot_guest('root=LABEL=none', '-initrd', str(image.files / 'initramfs'))
+    assert report['posted'] == lib.POSTED and report['request'] == lib.REQUESTS[:2], report
+    assert report['journal'] == GOOD_RUN[: GOOD_RUN.index('Response: 200') + 1], report
 
 
 def nixos():
@@ -154,41 +185,60 @@ def nixos():
     systemd = json.loads(image.run(EVALUATE))
     service = systemd['services']['azure-provisioning']
     assert systemd['packages'] == ['/files'] and service['path'] == ['/curl', '/hostname'], systemd
-    guest = vm.Guest('sh', tree('tree'))  # a Debian has to do, with what NixOS makes of the module
+    guest = lib.Guest('sh', tree('tree'))  # a Debian has to do, with what NixOS makes of the module
     guest.write('usr/local/sbin/hostnamectl', '#!/bin/sh\nexit 1\n', 0o755)
-    guest.write('files/bin/azure-provisioning', (TESTS.parent / 'azure-provisioning.sh').read_text(), 0o755)
-    guest.write('etc/systemd/system/azure-provisioning.service.d/overrides.conf', '[Service]\n' + ''.join(
-        '%s=%s\n' % (name, each) for name, value in service['serviceConfig'].items()
-        for each in (value if isinstance(value, list) else [value])))
+    guest.write(
+        'files/bin/azure-provisioning', (PROJECT / 'azure-provisioning.sh').read_text(), 0o755
+    )
+    guest.write(
+        'etc/systemd/system/azure-provisioning.service.d/overrides.conf',
+        '[Service]\n'
+        + ''.join(
+            '%s=%s\n' % (name, each)
+            for name, value in service['serviceConfig'].items()
+            for each in (value if isinstance(value, list) else [value])
+        ),
+    )
     report = guest.boot()
-    vm.was_asked(report)
+    lib.was_asked(report)
     expect(report, {'enabled': 'enabled', 'kernel-hostname': 'web-1', 'static-hostname': 'web-1'})
-    assert report['journal'] == GOOD_RUN[:-1] + ['Remembered: ' + vm.VM_ID], report
+    assert report['journal'] == GOOD_RUN[:-1] + ['Remembered: ' + lib.VM_ID], report
     report = guest.boot()
-    assert report['journal'] == ['Already provisioned: ' + vm.VM_ID] and 'request' not in report, report
+    assert report['journal'] == ['Already provisioned: ' + lib.VM_ID] and 'request' not in report, (
+        report
+    )
 
 
 def shell():
     """The shell of the recipes is clean."""
     if not shutil.which('shellcheck'):
         raise Skipped('no shellcheck')
-    for words in ('apt-get purge', 'apk del', '"$1" != start', 'inst_multiple', '.done; }', '[ -e /run',
-                  'systemd-resolved.service azure'):
+    for words in (
+        'apt-get purge',
+        'apk del',
+        '"$1" != start',
+        'inst_multiple',
+        '.done; }',
+        '[ -e /run',
+        'systemd-resolved.service azure',
+    ):
         script = from_readme(words)
-        check = ['shellcheck', '--exclude=SC2154', '-'] + ['--shell=sh'] * (script[:2] != '#!')  # $moddir is dracut's
+        check = ['shellcheck', '--exclude=SC2154', '-'] + ['--shell=sh'] * (
+            script[:2] != '#!'
+        )  # $moddir is dracut's
         done = subprocess.run(check, input=script, stdout=subprocess.PIPE, universal_newlines=True)
         assert done.returncode == 0, done.stdout
 
 
 def busybox():
-    return vm.busybox_tree() / 'bin/busybox'
+    return lib.busybox_tree() / 'bin/busybox'
 
 
 def tree(which):
     """A tree of Debian, given or made."""
     if not TREES.get(which):
         folder = os.path.abspath(which)
-        vm.have(TESTS / 'tree', 'bookworm', folder, *PACKAGES[which].split())
+        lib.have(HERE / 'tree', 'bookworm', folder, *PACKAGES[which].split())
         TREES[which] = folder
     return TREES[which]
 
@@ -203,23 +253,25 @@ def hold(check):
     """Hold a recipe against a check, with Azure's addresses there."""
     if os.getuid() != 0:
         raise Skipped('not root')
-    vm.have(vm.QEMU[0], '--version')
+    lib.have(lib.QEMU[0], '--version')
     network('del')
     network('add')
     check()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for which in PACKAGES:
         parser.add_argument('--' + which, type=os.path.abspath)
-    options = vm.parse(parser)
+    options = lib.parse(parser)
     TREES.update({which: getattr(options, which) for which in PACKAGES})
     checks = [debian, alpine, dracut, nixos, shell]
     print('1..%d' % len(checks), flush=True)
-    with vm.in_scratch():
+    with lib.in_scratch():
         if os.getuid() == 0:
-            for fetch in vm.kernel, busybox, lambda: tree('tree'), lambda: tree('openrc'):
+            for fetch in lib.kernel, busybox, lambda: tree('tree'), lambda: tree('openrc'):
                 with contextlib.suppress(Skipped):  # whoever needs it asks again, and is skipped
                     fetch()
             leave_network()

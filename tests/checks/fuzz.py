@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Hold both scripts against an XML library over random goal states: python3 tests/fuzz.py [SEED [COUNT]]
+"""Hold both scripts against an XML library over random goal states: python3 tests/checks/fuzz.py [SEED [COUNT]]
 
 Half of the documents are legal layouts of a goal state: both scripts must take them, with the library's values. The
 other half are damaged: what the library takes must be taken with its values, what it refuses must be refused, unless
@@ -7,6 +7,7 @@ all that is wrong with it lies inside a tag or is an entity, which a program may
 Nobody may post a value that is not there. A divergence is printed with its seed and document; make it a case.
 Exit status: 0 none, 1 some.
 """
+
 import random
 import re
 import signal
@@ -14,21 +15,66 @@ import subprocess
 import sys
 import xml.etree.ElementTree
 
-from host import GOOD, Answer, Host, loopback_only
+import kit_path  # noqa: F401  before the modules of the kit
+import sandbox
+from host import Answer, Host, good
 from run import OURS
 
+SETTINGS = {
+    'COMMANDS': '/dev/null',
+    'AZURE_PROVISIONING_INTERVAL': '0',
+    'AZURE_PROVISIONING_ATTEMPTS': '999999',
+    'AZURE_PROVISIONING_TIMEOUT': '60',
+}
 BATCH = 400  # documents for one run of a script
-PATHS = ('Incarnation', 'Container/ContainerId', 'Container/RoleInstanceList/RoleInstance/InstanceId')
+PATHS = (
+    'Incarnation',
+    'Container/ContainerId',
+    'Container/RoleInstanceList/RoleInstance/InstanceId',
+)
 FIT = ('[0-9]+', '[!#-%(-;=?-~]+', '[!#-%(-;=?-~]+')
 ID = [chr(code) for code in range(33, 127) if chr(code) not in '<>&"\'']
-WORDS = ['x', ' ', '\n', '\t', '"', "'", '>', '-', '=', '/', '/>', '&amp;', '&lt;Incarnation&gt;', 'Incarnation', '99', ']',
-         '[', 'é']
-MARKUP = ['<', '</GoalState>', '<Incarnation>99</Incarnation>', '<ContainerId>no</ContainerId>', '<InstanceId>no', '<!',
-          '&']
+WORDS = [
+    'x',
+    ' ',
+    '\n',
+    '\t',
+    '"',
+    "'",
+    '>',
+    '-',
+    '=',
+    '/',
+    '/>',
+    '&amp;',
+    '&lt;Incarnation&gt;',
+    'Incarnation',
+    '99',
+    ']',
+    '[',
+    'é',
+]
+MARKUP = [
+    '<',
+    '</GoalState>',
+    '<Incarnation>99</Incarnation>',
+    '<ContainerId>no</ContainerId>',
+    '<InstanceId>no',
+    '<!',
+    '&',
+]
 OURS_ELSEWHERE = ['Incarnation', 'ContainerId', 'InstanceId', 'Container', 'RoleInstance']
 OTHERS = ['Machine', 'Version', 'Incarnation-1', 'PackageIncarnation', 'State', 'Role', 'E', '_e.1']
 DEBRIS = [word.encode() for word in WORDS + MARKUP] + [b'\0', b'\x08', b'<!--', b'-->', b'<?']
-INSTRUCTIONS = [b'<?xml version="1.0"?>', b'<?XML 1?>', b'<?xml?>', b'<?a?>', b'<!--a-->', b' ', b'\xef\xbb\xbf']
+INSTRUCTIONS = [
+    b'<?xml version="1.0"?>',
+    b'<?XML 1?>',
+    b'<?xml?>',
+    b'<?a?>',
+    b'<!--a-->',
+    b' ',
+    b'\xef\xbb\xbf',
+]
 
 
 class Layout:
@@ -38,7 +84,7 @@ class Layout:
         self.dice = dice
         self.newline = dice.choice(['', '\n', '\r\n'])
         self.indent = dice.choice(['', '  ', '\t'])
-        self.busy = dice.choice([0, 0, .1, .4])
+        self.busy = dice.choice([0, 0, 0.1, 0.4])
 
     def some(self, choices, most):
         return ''.join(self.dice.choice(choices) for _ in range(self.dice.randint(0, most)))
@@ -47,12 +93,21 @@ class Layout:
         return self.some(' \t\r\n', 3) if self.dice.random() < self.busy else ' ' * least
 
     def attributes(self):
-        names = self.dice.sample(['a', 'b-c', 'xml:d', '_e', 'f.g', 'xsi1'], self.dice.randint(0, 3))
+        names = self.dice.sample(
+            ['a', 'b-c', 'xml:d', '_e', 'f.g', 'xsi1'], self.dice.randint(0, 3)
+        )
         written = ''
         for name in names if self.dice.random() < self.busy else ():
             quote = self.dice.choice('"\'')
-            written += '%s%s%s=%s%s%s%s' % (self.dice.choice(' \n\t'), self.space(), name, self.space(), quote,
-                                            self.some(WORDS, 5).replace(quote, '').replace('&', '&amp;'), quote)
+            written += '%s%s%s=%s%s%s%s' % (
+                self.dice.choice(' \n\t'),
+                self.space(),
+                name,
+                self.space(),
+                quote,
+                self.some(WORDS, 5).replace(quote, '').replace('&', '&amp;'),
+                quote,
+            )
         return written
 
     def between(self):
@@ -60,18 +115,28 @@ class Layout:
         written = self.newline + self.indent
         while self.dice.random() < self.busy:
             kind, inside = self.dice.random(), self.some(WORDS + MARKUP, 6)
-            if kind < .4:
+            if kind < 0.4:
                 written += '<!--%s-->' % re.sub('--+', '-', inside + ' ')
-            elif kind < .6:
-                written += '<?%s %s?>' % (self.dice.choice(['a', 'php', 'xml-x']), inside.replace('?>', ''))
+            elif kind < 0.6:
+                written += '<?%s %s?>' % (
+                    self.dice.choice(['a', 'php', 'xml-x']),
+                    inside.replace('?>', ''),
+                )
             else:
                 written += self.space()
         return written
 
     def element(self, name, content):
-        if not content and self.dice.random() < .5:
+        if not content and self.dice.random() < 0.5:
             return '<%s%s%s/>' % (name, self.attributes(), self.space())
-        return '<%s%s%s>%s</%s%s>' % (name, self.attributes(), self.space(), content, name, self.space())
+        return '<%s%s%s>%s</%s%s>' % (
+            name,
+            self.attributes(),
+            self.space(),
+            content,
+            name,
+            self.space(),
+        )
 
     def value(self, name, value):
         return self.element(name, self.space() + value + self.space())
@@ -80,9 +145,16 @@ class Layout:
         """An element that does not matter, with elements of our names at other places inside."""
         inside = ''
         for _ in range(self.dice.randint(0, 3) if depth < 4 else 0):
-            inside += self.dice.choice([
-                lambda: self.some(WORDS, 4).replace('&', '').replace('amp;', '').replace(']', ''), self.between,
-                lambda: self.other(depth + 1), lambda: self.value(self.dice.choice(OURS_ELSEWHERE), 'no')])()
+            inside += self.dice.choice(
+                [
+                    lambda: (
+                        self.some(WORDS, 4).replace('&', '').replace('amp;', '').replace(']', '')
+                    ),
+                    self.between,
+                    lambda: self.other(depth + 1),
+                    lambda: self.value(self.dice.choice(OURS_ELSEWHERE), 'no'),
+                ]
+            )()
         return self.element(self.dice.choice(OTHERS), inside)
 
     def fill(self, *needed):
@@ -91,22 +163,32 @@ class Layout:
         self.dice.shuffle(needed)
         written = self.between()
         for each in needed:
-            while self.dice.random() < max(self.busy, .1):
+            while self.dice.random() < max(self.busy, 0.1):
                 written += self.other() + self.between()
             written += each + self.between()
         return written
 
     def document(self):
         an_id = lambda: ''.join(self.dice.choice(ID) for _ in range(self.dice.randint(1, 40)))
-        roles = [self.element('RoleInstance', self.fill(self.value('InstanceId', an_id())))
-                 for _ in range(self.dice.choice([1, 1, 1, 2, 3]))]
-        container = self.element('Container', self.fill(
-            self.value('ContainerId', an_id()),
-            self.element('RoleInstanceList', self.between().join([''] + roles + ['']))))
-        root = self.element('GoalState', self.fill(
-            self.value('Incarnation', '%d' % self.dice.choice([0, 1, 16, 10 ** 20])), container))
-        declaration = '<?xml version="1.0" encoding="utf-8"?>' if self.dice.random() < .5 else ''
-        bom = b'\xef\xbb\xbf' if self.dice.random() < .2 else b''
+        roles = [
+            self.element('RoleInstance', self.fill(self.value('InstanceId', an_id())))
+            for _ in range(self.dice.choice([1, 1, 1, 2, 3]))
+        ]
+        container = self.element(
+            'Container',
+            self.fill(
+                self.value('ContainerId', an_id()),
+                self.element('RoleInstanceList', self.between().join([''] + roles + [''])),
+            ),
+        )
+        root = self.element(
+            'GoalState',
+            self.fill(
+                self.value('Incarnation', '%d' % self.dice.choice([0, 1, 16, 10**20])), container
+            ),
+        )
+        declaration = '<?xml version="1.0" encoding="utf-8"?>' if self.dice.random() < 0.5 else ''
+        bom = b'\xef\xbb\xbf' if self.dice.random() < 0.2 else b''
         end = self.between()
         start = self.between() if declaration or self.busy else ''
         return bom + (declaration + start + root + end).encode()
@@ -117,17 +199,24 @@ def damage(dice, data):
     for _ in range(dice.choice([1, 1, 1, 2, 4])):
         at, length = dice.randrange(len(data) + 1), dice.choice([1, 1, 2, 5, 30])
         names = [match.span() for match in re.finditer(rb'</?[A-Za-z]+', data)]
-        kind = dice.choice(['cut', 'drop', 'repeat', 'swap', 'flip', 'rename', 'insert', 'instruct', 'lose a tag'])
+        kind = dice.choice(
+            ['cut', 'drop', 'repeat', 'swap', 'flip', 'rename', 'insert', 'instruct', 'lose a tag']
+        )
         if kind == 'cut':
             data = data[:at]
         elif kind == 'drop':
-            data = data[:at] + data[at + length:]
+            data = data[:at] + data[at + length :]
         elif kind == 'repeat':
-            data = data[:at + length] + data[at:]
+            data = data[: at + length] + data[at:]
         elif kind == 'swap':
-            data = data[:at] + data[at + length:at + 2 * length] + data[at:at + length] + data[at + 2 * length:]
+            data = (
+                data[:at]
+                + data[at + length : at + 2 * length]
+                + data[at : at + length]
+                + data[at + 2 * length :]
+            )
         elif kind == 'flip' and at < len(data):
-            data = data[:at] + bytes([data[at] ^ 1 << dice.randrange(8)]) + data[at + 1:]
+            data = data[:at] + bytes([data[at] ^ 1 << dice.randrange(8)]) + data[at + 1 :]
         elif kind == 'rename' and names:
             start, end = dice.choice(names)
             other = dice.choice([b'<Incarnation', b'</Container', b'<InstanceId', b'<GoalState'])
@@ -139,7 +228,7 @@ def damage(dice, data):
             data = data[:start] + dice.choice(INSTRUCTIONS) + data[start:]
         elif kind == 'lose a tag' and names:
             start, end = dice.choice(names)
-            data = data[:start] + data[(data.find(b'>', end) + 1) or end:]
+            data = data[:start] + data[(data.find(b'>', end) + 1) or end :]
         data = data or b' '
     return data
 
@@ -152,7 +241,11 @@ def library(data):
         return None
     values = [(root.findtext(path) or '').strip(' \t\r\n') for path in PATHS]
     elements = [root.find(path) for path in PATHS]
-    if root.tag != 'GoalState' or b'<!DOCTYPE' in data or any(element is None or len(element) for element in elements):
+    if (
+        root.tag != 'GoalState'
+        or b'<!DOCTYPE' in data
+        or any(element is None or len(element) for element in elements)
+    ):
         return None
     return values if all(map(re.fullmatch, FIT, values)) else None
 
@@ -161,8 +254,11 @@ def overlooked(data, values):
     """Whether what the library refuses is a fault inside a tag, or one of characters, and the values are right."""
     text = data.decode('latin-1').replace('\xef\xbb\xbf', '', 1)
     plain = re.sub(r'(?s)<!--.*?-->|<[?].*?[?]>', ' ', text)
-    plain = re.sub(r'<(/?)([^\s<>/"\'=]+)(?:[^<>"\']|"[^"<]*"|\'[^\'<]*\')*?(/?)>',
-                   lambda tag: '<%s%s%s>' % (tag[1], re.sub('^[0-9.-]|[^A-Za-z0-9_.-]', '_', tag[2]), tag[3]), plain)
+    plain = re.sub(
+        r'<(/?)([^\s<>/"\'=]+)(?:[^<>"\']|"[^"<]*"|\'[^\'<]*\')*?(/?)>',
+        lambda tag: '<%s%s%s>' % (tag[1], re.sub('^[0-9.-]|[^A-Za-z0-9_.-]', '_', tag[2]), tag[3]),
+        plain,
+    )
     plain = re.sub('&[^;<>]*;?', '', plain).replace(']]>', '')
     return library(plain.encode('utf-8')) == values
 
@@ -170,23 +266,34 @@ def overlooked(data, values):
 def either(data):
     """Whether a document the library takes has something that may be refused all the same."""
     inside = rb'<(Incarnation|ContainerId|InstanceId)\b[^>]*>[^<]*(<[!?]|&)'
-    return b'<![CDATA[' in data or re.search(inside, data) or re.search(rb'&(?!amp;|lt;)', data) or b'xmlns' in data
+    return (
+        b'<![CDATA[' in data
+        or re.search(inside, data)
+        or re.search(rb'&(?!amp;|lt;)', data)
+        or b'xmlns' in data
+    )
 
 
 def took(script, documents):
     """What the script posted for each of the documents: its three values, or None."""
     outcomes = [None] * len(documents)
-    with Host({'goalstate': [Answer('body', data) for data in documents] + [Answer('fault', 'silent')],
-               'health': GOOD['health']}) as host:
-        process = subprocess.Popen([script] + ['ready'] * len(documents), stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL,
-                                   env={'PATH': '/usr/bin:/bin', 'AZURE_PROVISIONING_WIRESERVER': host.wireserver,
-                                        'AZURE_PROVISIONING_IMDS': host.imds, 'AZURE_PROVISIONING_INTERVAL': '0',
-                                        'AZURE_PROVISIONING_ATTEMPTS': '999999', 'AZURE_PROVISIONING_TIMEOUT': '60'})
+    with Host(
+        {
+            'goalstate': [Answer('body', data) for data in documents] + [Answer('fault', 'silent')],
+            'health': good()['health'],
+        }
+    ) as host:
+        process = sandbox.start(
+            [script] + ['ready'] * len(documents),
+            (host.wireserver, host.imds),
+            SETTINGS,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         # the script goes on to the next document by itself; behind the last one is silence
         while process.poll() is None and host.asked['goalstate'] <= len(documents):
             try:
-                process.wait(.05)
+                process.wait(0.05)
             except subprocess.TimeoutExpired:
                 pass
         process.send_signal(signal.SIGKILL)
@@ -194,36 +301,52 @@ def took(script, documents):
         current = -1
         for request in host.requests:
             if request.body:
-                outcomes[current] = re.findall('<(?:GoalStateIncarnation|ContainerId|InstanceId)>([^<]*)',
-                                               request.body.decode('latin-1'))
+                outcomes[current] = re.findall(
+                    '<(?:GoalStateIncarnation|ContainerId|InstanceId)>([^<]*)',
+                    request.body.decode('latin-1'),
+                )
             else:
                 current += 1
     return outcomes
 
 
 def main():
-    loopback_only()
-    seed, count = [int(word) for word in sys.argv[1:] + ['1', '400'][len(sys.argv) - 1:]]
+    refused = sandbox.refusal()
+    if refused:
+        print('nothing was run: %s' % refused)
+        sys.exit(3)
+    seed, count = [int(word) for word in sys.argv[1:] + ['1', '400'][len(sys.argv) - 1 :]]
     diverged = taken = 0
     for start in range(0, count, BATCH):
         documents = []
         for number in range(start, min(start + BATCH, count)):
             dice = random.Random('%d/%d' % (seed, number))
             data = Layout(dice).document()
-            documents.append((number, number % 2 == 0, data if number % 2 == 0 else damage(dice, data)))
+            documents.append(
+                (number, number % 2 == 0, data if number % 2 == 0 else damage(dice, data))
+            )
         outcomes = [took(script, [data for _, _, data in documents]) for script in OURS]
         for (number, legal, data), *posted in zip(documents, *outcomes):
             values = library(data)
             assert values or not legal, 'the generator wrote no goal state: %r' % data
             taken += all(posted)
             for script, got in zip(OURS, posted):
-                if got == values or (got is None and not legal and either(data)) or (
-                        values is None and got and overlooked(data, got)):
+                if (
+                    got == values
+                    or (got is None and not legal and either(data))
+                    or (values is None and got and overlooked(data, got))
+                ):
                     continue
                 diverged += 1
-                print('seed %d, document %d: %s posted %s, the library finds %s\n  %r' % (
-                    seed, number, script.rpartition('/')[2], got, values, data), flush=True)
-    print('%d documents from seed %d: %d taken by both, %d divergences' % (count, seed, taken, diverged))
+                print(
+                    'seed %d, document %d: %s posted %s, the library finds %s\n  %r'
+                    % (seed, number, script.rpartition('/')[2], got, values, data),
+                    flush=True,
+                )
+    print(
+        '%d documents from seed %d: %d taken by both, %d divergences'
+        % (count, seed, taken, diverged)
+    )
     sys.exit(1 if diverged else 0)
 
 

@@ -4,12 +4,13 @@
 They are read from its source: in shell what is given to `reason=`, `complain` and `misused`, in Python to `need`,
 `Failed` and the like. What varies is written `…`. project.bats holds the README's table against them.
 """
+
 import ast
 import re
 import sys
 
 CALLS = ('need', 'Failed', 'complain', 'misused', 'parse')
-IN_SHELL = r'''(?:reason=|complain |misused )(?:"([^"]*)"|'([^']*)')|reason:-([^}]*)}'''
+IN_SHELL = r"""(?:reason=|complain |misused )(?:"([^"]*)"|'([^']*)')|reason:-([^}]*)}"""
 NO_REASON = '(azure-provisioning: |goal state: |…: |…)*|…: attempt … of …: …'  # by itself
 
 

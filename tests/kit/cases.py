@@ -321,7 +321,11 @@ class Case:
         """The bytes of a reply that is written as HTTP STATUS [HEADER]... "BODY"."""
         status, headers, body = REPLY.fullmatch(written).groups()
         body = text.encoded(text.whole(text.unquoted(body or ''), self.values))
-        lines = [status] + re.findall(r'\[(.*?)\]', headers) + ['Content-Length: %d' % len(body), '', '']
+        lines = (
+            [status]
+            + re.findall(r'\[(.*?)\]', headers)
+            + ['Content-Length: %d' % len(body), '', '']
+        )
         return text.encoded(self.filled('HTTP/1.1 ' + '\r\n'.join(lines))) + body
 
     def outcome(self, layer):

@@ -98,7 +98,9 @@ def with_placeholders(did, strict):
     """What a run did, with {timestamp}, {version} and {usage} in the place of the program's own; and its usage."""
     did, usage = dict(did), None
     for name in ('posted', 'stdout', 'stderr'):
-        content = re.sub('timestamp=(\\d{4}-\\d\\d-\\d\\dT\\d\\d:\\d\\d:\\d\\d)Z', time_of_now, did[name])
+        content = re.sub(
+            'timestamp=(\\d{4}-\\d\\d-\\d\\dT\\d\\d:\\d\\d:\\d\\d)Z', time_of_now, did[name]
+        )
         agent = 'agent=azure-provisioning/[^|<]+' if strict else 'agent=[^|<]+'
         did[name] = re.sub(agent, 'agent=azure-provisioning/{version}', content)
         found = USAGE.search(did[name]) if name != 'posted' else None

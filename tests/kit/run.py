@@ -30,7 +30,9 @@ PROJECT = pathlib.Path(__file__).resolve().parents[2]
 OURS = [str(PROJECT / 'azure-provisioning.py'), str(PROJECT / 'azure-provisioning.sh')]
 LIMIT = 40  # seconds for one run
 SECRET = 'S3cr3t'  # what each password in the cases has in it
-BUSY = 4 * len(os.sched_getaffinity(0))  # runs at once that take the processor; more would make some time out
+BUSY = 4 * len(
+    os.sched_getaffinity(0)
+)  # runs at once that take the processor; more would make some time out
 WAITING = 32  # runs at once that wait
 OFTEN = 5  # seconds from one word of progress to the next
 
@@ -38,7 +40,9 @@ OFTEN = 5  # seconds from one word of progress to the next
 def command_line(program):
     """The words of a program's command line, `py` and `sh` for ours; those that name files do so from any folder."""
     program = {'py': OURS[0], 'sh': OURS[1]}.get(program, program)
-    words = [os.path.abspath(word) if os.path.isfile(word) else word for word in shlex.split(program)]
+    words = [
+        os.path.abspath(word) if os.path.isfile(word) else word for word in shlex.split(program)
+    ]
     if not words or not shutil.which(words[0]):
         sys.exit('cannot be started: %s' % program)
     return words
@@ -52,7 +56,10 @@ class Run:
         with Host(case.answers) as self.host, tempfile.TemporaryDirectory() as folder:
             self.folder = folder
             self.home, self.root = os.path.join(folder, 'home'), os.path.join(folder, 'root')
-            self.trace, self.commands = os.path.join(folder, 'trace'), os.path.join(folder, 'commands')
+            self.trace, self.commands = (
+                os.path.join(folder, 'trace'),
+                os.path.join(folder, 'commands'),
+            )
             self.prepare()
             self.did = self.start(environment)
             self.requests = list(self.host.requests)
@@ -121,7 +128,9 @@ class Run:
     def look(self):
         """See what became of the files, and whether something happened that must not."""
         if any(request.server == 'elsewhere' for request in self.requests):
-            self.faults.append('a request went elsewhere: a redirect was followed, or a proxy obeyed')
+            self.faults.append(
+                'a request went elsewhere: a redirect was followed, or a proxy obeyed'
+            )
         self.written = sorted(os.listdir(self.home)) != self.home_before
         if self.case.before is not None:
             self.did['before'] = self.before
@@ -146,7 +155,11 @@ class Run:
         for path, file in self.did['files'].items():
             if file != self.before.get(path):
                 texts[path] = path + as_text(file.content)
-        return ['the password is to be seen: %s' % name for name, said in texts.items() if SECRET in said]
+        return [
+            'the password is to be seen: %s' % name
+            for name, said in texts.items()
+            if SECRET in said
+        ]
 
 
 def as_text(printed):
@@ -158,14 +171,17 @@ def strace():
     """How to trace command lines into TRACE, by a real try; nothing, where it cannot be had."""
     for options in (['--seccomp-bpf'], []):
         words = ['strace', '-f', '-qq', *options, '-e', 'trace=execve', '-s', '9999', '-o']
-        if shutil.which('strace') and subprocess.call(words + ['/dev/null', 'true'], stderr=subprocess.DEVNULL) == 0:
+        if (
+            shutil.which('strace')
+            and subprocess.call(words + ['/dev/null', 'true'], stderr=subprocess.DEVNULL) == 0
+        ):
             return words + ['TRACE']
     return []
 
 
 def verdict(case, program, strict, environment=None):
     """Run one case; return the differences, none if it passed, and the usage that was printed, if any."""
-    run = Run(case, program, os.environ if environment is None else environment)
+    run = Run(case, program, environment or {})
     did, usage = compare.with_placeholders(run.did, strict)
     faults = list(run.faults)
     if strict and run.written:
@@ -183,7 +199,9 @@ def impossible(case):
 
 def waits(case):
     """Whether most of the case's time is waiting."""
-    faults = [answer.data for given in case.answers.values() for answer in given if answer.kind == 'fault']
+    faults = [
+        answer.data for given in case.answers.values() for answer in given if answer.kind == 'fault'
+    ]
     return 'silent' in faults or 'drip' in faults or any('waits' in each for each in case.expected)
 
 
@@ -200,9 +218,9 @@ class Runner:
     def results(self):
         """What came of each case, as it comes: the program, the case, the differences."""
         jobs = [(program, case) for program in self.programs for case in self.cases]
-        with concurrent.futures.ThreadPoolExecutor(BUSY) as busy, concurrent.futures.ThreadPoolExecutor(
-            WAITING
-        ) as waiting:
+        with concurrent.futures.ThreadPoolExecutor(
+            BUSY
+        ) as busy, concurrent.futures.ThreadPoolExecutor(WAITING) as waiting:
             runs = {
                 (waiting if waits(case) else busy).submit(
                     verdict, case, program, self.strict, self.environment
@@ -233,12 +251,17 @@ class Runner:
         for program, case, found in self.results():
             if found:
                 self.tell(program, case.name, case.why, found)
-        for program, usages in self.usages.items():
-            for usage, name in usages.items():
+        for program in self.programs:
+            for name, found in self.other_usages(program):
+                self.failed += 1
+                self.tell(program, name, 'The usage, which cases/values has as {usage}.', found)
+
+    def other_usages(self, *programs):
+        """What programs print as their usage, if it is another one: once, with a case in which they do."""
+        for program in programs or self.programs:
+            for usage, name in self.usages[program].items():
                 if usage != self.common.usage:
-                    self.failed += 1
-                    found = compare.different_text('usage', self.common.usage, usage)
-                    self.tell(program, name, 'The usage, which cases/values has as {usage}.', [found])
+                    yield name, [compare.different_text('usage', self.common.usage, usage)]
 
     @staticmethod
     def tell(program, name, why, found):

@@ -27,8 +27,13 @@ USERS = 0x10000000
 READ_ONLY, REMOUNT, BIND, RECURSIVE, PRIVATE = 1, 32, 4096, 16384, 1 << 18
 STRICT_TIMES = 1 << 24
 FLAGS = {1: 1, 2: 2, 4: 4, 8: 8, 1024: 1024, 2048: 2048, 4096: 1 << 21}  # of statvfs -> of mount
-WRITABLE = ('/dev/shm', '/mnt', '/tmp')  # the first that is there becomes the folder for temporary files
+WRITABLE = (
+    '/dev/shm',
+    '/mnt',
+    '/tmp',
+)  # the first that is there becomes the folder for temporary files
 SERVICES = ('/run/dbus', '/run/systemd')  # whose sockets lead to what runs on this machine
+HOSTNAME = '/proc/sys/kernel/hostname'
 HIDDEN = ('home', 'var/lib')  # of the folders that are replaced, those in which a program may be
 NOT_ENTERED = 125  # exit status where the root could not be put in place
 ENTER = """
@@ -88,16 +93,21 @@ def mounts():
     """The paths of all mounts."""
     with open('/proc/self/mountinfo', 'rb') as file:
         paths = [line.split()[4] for line in file]
-    return [path.decode('unicode_escape').encode('latin-1').decode('utf-8', 'surrogateescape') for path in paths]
+    return [
+        path.decode('unicode_escape').encode('latin-1').decode('utf-8', 'surrogateescape')
+        for path in paths
+    ]
 
 
 def protect():
-    """Make all mounts read-only but /proc, and mount a folder for temporary files."""
-    for path in mounts():
-        with contextlib.suppress(OSError, Refused):  # what is hidden or gone cannot be written; the rest is looked at
+    """Make all mounts read-only, and mount a folder for temporary files."""
+    with contextlib.suppress(Refused):
+        mount(HOSTNAME, HOSTNAME, BIND)  # which is that of the namespace
+    for path in set(mounts()) - {HOSTNAME}:
+        with contextlib.suppress(OSError, Refused):  # what is hidden or gone; the rest is seen below
             mount(None, path, REMOUNT | BIND | READ_ONLY | flags_of(path))
     for path in mounts():
-        if not path.startswith('/proc') and is_writable(path):
+        if path != HOSTNAME and is_writable(path):
             raise Refused('this machine refuses to make %s read-only' % path)
     for path in filter(os.path.isdir, SERVICES):
         mount('tmpfs', path, READ_ONLY, 'tmpfs')
@@ -148,7 +158,9 @@ def start(words, urls, environment, root=None, without_network=False, **options)
     environment['PATH'] = ':'.join([reach(STUBS)] + path)
     if environment.get('MISSING'):
         folder = os.path.join(tempfile.mkdtemp(), 'path')
-        environment['PATH'] = path_without(environment['MISSING'].split(), environment['PATH'], folder)
+        environment['PATH'] = path_without(
+            environment['MISSING'].split(), environment['PATH'], folder
+        )
     words = [reach(word) if os.path.isfile(word) else word for word in words]
     if root:
         variables = ['%s=%s' % each for each in environment.items()]
@@ -225,3 +237,12 @@ def default_route():
     )
     with socket.socket() as control, contextlib.suppress(FileExistsError):
         fcntl.ioctl(control, 0x890B, route)  # SIOCADDRT
+
+
+def refusal():
+    """Enter the sandbox; return why not, or nothing."""
+    try:
+        enter()
+    except Refused as reason:
+        return str(reason)
+    return ''

@@ -15,13 +15,25 @@ def ask(method, path, body=None, **headers):
 
 state = xml.etree.ElementTree.fromstring(ask('GET', '/machine?comp=goalstate'))
 report = xml.etree.ElementTree.Element('Health')
-xml.etree.ElementTree.SubElement(report, 'GoalStateIncarnation').text = state.findtext('Incarnation')
+xml.etree.ElementTree.SubElement(report, 'GoalStateIncarnation').text = state.findtext(
+    'Incarnation'
+)
 container = xml.etree.ElementTree.SubElement(report, 'Container')
-xml.etree.ElementTree.SubElement(container, 'ContainerId').text = state.findtext('Container/ContainerId')
-role = xml.etree.ElementTree.SubElement(xml.etree.ElementTree.SubElement(container, 'RoleInstanceList'), 'Role')
-xml.etree.ElementTree.SubElement(role, 'InstanceId').text = state.findtext('.//RoleInstance/InstanceId')
+xml.etree.ElementTree.SubElement(container, 'ContainerId').text = state.findtext(
+    'Container/ContainerId'
+)
+role = xml.etree.ElementTree.SubElement(
+    xml.etree.ElementTree.SubElement(container, 'RoleInstanceList'), 'Role'
+)
+xml.etree.ElementTree.SubElement(role, 'InstanceId').text = state.findtext(
+    './/RoleInstance/InstanceId'
+)
 health = xml.etree.ElementTree.SubElement(role, 'Health')
 xml.etree.ElementTree.SubElement(health, 'State').text = 'Ready'
-ask('POST', '/machine?comp=health', xml.etree.ElementTree.tostring(report),
-    **{'Content-Type': 'text/xml;charset=utf-8'})
+ask(
+    'POST',
+    '/machine?comp=health',
+    xml.etree.ElementTree.tostring(report),
+    **{'Content-Type': 'text/xml;charset=utf-8'},
+)
 print('Ready')

@@ -1,0 +1,1 @@
+../checks/kit_path.py

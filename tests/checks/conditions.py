@@ -1,0 +1,197 @@
+#!/usr/bin/env python3
+"""What no case can show: signals, outputs that go nowhere, a goal state cut at every byte, /etc full or read-only.
+
+python3 tests/checks/conditions.py [PROGRAM]... prints a line a check, in TAP. Exit status: 0 all passed or were
+skipped, 1. A port has to print the same lines here.
+"""
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+
+import kit_path  # noqa: F401  before the modules of the kit
+import files
+import sandbox
+from host import Answer, Host, children, good
+from run import OURS, command_line
+from tap import Skipped, tell
+
+WITHOUT_HOSTNAMECTL = """
+"$MOUNT" -t tmpfs -o size=8k none /etc && [ ! -e /etc/passwd ] || exit 99
+echo old >/etc/hostname && echo old >/proc/sys/kernel/hostname || exit 99
+%s
+"$@"
+status=$?
+read -r name </etc/hostname
+echo "$(uname -n) $name $(stat -c %%a /etc/hostname) $(cd /etc && echo *)" >"$REPORT"
+exit $status
+"""
+
+
+def start(program, host, *steps, root=None, stdout=subprocess.PIPE, **settings):
+    """Start a program with steps and settings."""
+    return sandbox.start(
+        command_line(program) + list(steps),
+        (host.wireserver, host.imds),
+        dict(PATH=os.environ['PATH'], COMMANDS='/dev/null', **settings),
+        root,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        universal_newlines=True,
+    )
+
+
+def cut_at_every_byte(program):
+    """A goal state cut at any byte is refused, and the whole one then taken."""
+    document = good()['goalstate'][0].data
+    prefixes = [document[:length] for length in range(document.rindex(b'>') + 1)]
+    answers = [Answer('body', each) for each in prefixes + [document]]
+    attempts = len(prefixes) + 1
+    with Host(good(goalstate=answers)) as host:
+        process = start(
+            program,
+            host,
+            'ready',
+            AZURE_PROVISIONING_ATTEMPTS=str(attempts),
+            AZURE_PROVISIONING_INTERVAL='0',
+        )
+        _, stderr = process.communicate(timeout=300)
+        posts = [request for request in host.requests if request.body]
+    line = 'ready: attempt %d of %d: goal state: not a goal state\n'
+    said = ''.join(line % (number, attempts) for number in range(1, attempts))
+    assert stderr == said, stderr[-500:]
+    assert len(posts) == 1 and len(host.requests) == attempts + 1, len(posts)
+    assert process.returncode == 0, process.returncode
+
+
+def ended_by(number, program):
+    """A signal ends the run while it waits for an answer, without another word."""
+    with Host({'goalstate': [Answer('fault', 'silent')]}) as host:
+        process = start(program, host, 'ready')
+        while not host.requests:
+            assert process.poll() is None, process.communicate()
+        # to the program and the client it may have started, as systemd and a terminal do
+        for pid in [process.pid] + children(process.pid):
+            os.kill(pid, number)
+        stdout, stderr = process.communicate(timeout=20)
+    assert process.returncode in (-number, 128 + number), process.returncode  # a shell says this
+    assert (stdout, stderr) == ('Retrieving goal state from the Wireserver\n', ''), (stdout, stderr)
+
+
+def sigterm(program):
+    """SIGTERM ends the run while it waits for an answer, without another word."""
+    ended_by(signal.SIGTERM, program)
+
+
+def sigint(program):
+    """SIGINT ends the run while it waits for an answer, without another word."""
+    ended_by(signal.SIGINT, program)
+
+
+def nobody_listens(program):
+    """Ready is reported though nothing that is printed gets anywhere."""
+    for redirections in ('>/dev/full 2>/dev/full', '<&- >&- 2>&-', '2>&1'):
+        with Host(good()) as host:
+            reader, writer = os.pipe()
+            os.close(reader)  # nobody reads from it
+            command = 'sh -c \'exec "$@" %s\' sh %s' % (redirections, program)
+            process = start(command, host, 'ready', stdout=writer)
+            os.close(writer)
+            process.communicate(timeout=30)
+            asked = [request.line[:4] for request in host.requests]
+            assert process.returncode == 0, (redirections, process.returncode)
+            assert asked == ['GET ', 'POST'], host.requests
+
+
+def closed_stderr(program):
+    """A step that fails ends the run, a bad setting is refused, though stderr is closed."""
+    command = 'sh -c \'exec "$@" 2>&-\' sh %s' % program
+    with Host({'computerName': [Answer('body', b'web-1')]}) as host:
+        for attempts, steps, said, status in (
+            ('1', ['ready', 'hostname'], 'Retrieving goal state from the Wireserver\n', 1),
+            ('0', ['ready'], '', 2),
+        ):
+            process = start(command, host, *steps, AZURE_PROVISIONING_ATTEMPTS=attempts)
+            assert process.communicate(timeout=30)[0] == said
+            assert process.returncode == status, process.returncode
+            assert len(host.requests) == 1, host.requests
+
+
+def without_hostnamectl(program):
+    """Without hostnamectl, /etc/hostname is replaced and the kernel's name set."""
+    did = in_small_etc(program, 'chmod 600 /etc/hostname; umask 077')
+    assert did == (0, '', 'web-1 web-1 644 hostname\n'), did
+
+
+def read_only_etc(program):
+    """A read-only /etc: the step fails and says so, and the names stay."""
+    did = in_small_etc(program, '"$MOUNT" -o remount,ro /etc')
+    assert did == (1, 'hostname: cannot write /etc/hostname\n', 'old old 644 hostname\n'), did
+
+
+def full_etc(program):
+    """A full disk: the same, and nothing half-written is left."""
+    did = in_small_etc(program, 'head -c 9000 /dev/zero >/etc/full 2>/dev/null')
+    assert did == (1, 'hostname: cannot write /etc/hostname\n', 'old old 644 full hostname\n'), did
+
+
+def in_small_etc(program, prepare):
+    """Run the hostname step where hostnamectl fails and /etc has two pages; return what came of it."""
+    if sandbox.without_roots():
+        raise Skipped(sandbox.without_roots())
+    with Host(good()) as host, tempfile.TemporaryDirectory() as folder:
+        root, report = os.path.join(folder, 'root'), os.path.join(folder, 'report')
+        files.put(root, {'/etc/passwd': files.File('file', 0o644, b'')})
+        words = ['sh', '-c', WITHOUT_HOSTNAMECTL % prepare, 'sh']
+        process = start(
+            ' '.join(map(shlex.quote, words)) + ' ' + program,
+            host,
+            'hostname',
+            root=root,
+            FAILING='hostnamectl',
+            REPORT=report,
+            MOUNT=shutil.which('mount'),
+        )
+        stdout, stderr = process.communicate(timeout=60)
+        assert stdout == 'Retrieving hostname from IMDS\nHostname: web-1\n', (stdout, stderr)
+        return process.returncode, stderr, files.contents(report).decode()
+
+
+CHECKS = [
+    cut_at_every_byte,
+    sigterm,
+    sigint,
+    nobody_listens,
+    closed_stderr,
+    without_hostnamectl,
+    read_only_etc,
+    full_etc,
+]
+
+
+def hold(check, program, refused):
+    """Hold a program against a check, where there is a sandbox to run it in."""
+    if refused:
+        raise Skipped(refused)
+    check(program)
+
+
+def main():
+    refused = sandbox.refusal()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, in the background
+    programs = sys.argv[1:] or OURS
+    print('1..%d' % (len(CHECKS) * len(programs)), flush=True)
+    passed = [
+        tell('%s: %s' % (program, each.__doc__), hold, each, program, refused)
+        for program in programs
+        for each in CHECKS
+    ]
+    sys.exit(0 if all(passed) else 1)
+
+
+if __name__ == '__main__':
+    main()

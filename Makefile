@@ -15,7 +15,7 @@ UNIT = $(DESTDIR)$(UNITDIR)/azure-provisioning.service
 DROP_IN = $(UNIT).d/steps.conf
 
 demo:
-	@python3 tests/demo.py $(if $(IMPL),'$(IMPL)')
+	@python3 tests/kit/demo.py $(if $(IMPL),'$(IMPL)')
 
 test:
 	@tests/test $(PARTS)
@@ -27,13 +27,13 @@ test-matrix:
 	@tests/test matrix
 
 conformance:
-	@python3 tests/run.py $(if $(IMPL),'$(IMPL)')
+	@python3 tests/kit/run.py $(if $(IMPL),'$(IMPL)')
 
 fuzz:
-	@python3 tests/fuzz.py $(SEED) $(N)
+	@python3 tests/checks/fuzz.py $(SEED) $(N)
 
 bench:
-	@python3 tests/bench.py
+	@python3 tests/bench/bench.py
 
 install:
 	@case '$(IMPL)' in py | sh) ;; *) echo 'make install needs IMPL=py or IMPL=sh' >&2; exit 2 ;; esac

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Measure what a first boot costs, beside the least it could cost: python3 tests/bench/bench.py
 
-Prints tables in Markdown, the targets last, in two to three minutes. On a busy machine figures are noise: each is the
-median over rounds in which everything is run once, in turn, and a ratio is the median of the rounds' ratios.
-Exit status: 0, or 1 if a target that is a gate is missed.
+Prints tables in Markdown, the targets last, in two to three minutes. On a busy machine figures are
+noise: each is the median over rounds in which everything is run once, in turn, and a ratio is the
+median of the rounds' ratios. Exit status: 0, or 1 if a target that is a gate is missed.
 """
 
 import collections
@@ -50,7 +50,8 @@ MEASURED.update(
     (name, (command, PLAIN if command == [PYTHON] else CURL)) for name, command in PROGRAMS.items()
 )
 
-# A process inherits the peak memory of the one it was forked from, so a small one starts what is measured.
+# A process inherits the peak memory of the one it was forked from, so a small one starts what is
+# measured.
 GAUGE = [
     sys.executable,
     '-IS',
@@ -60,10 +61,12 @@ import os, sys, time
 start = time.monotonic()
 _, status, usage = os.wait4(os.spawnvp(os.P_NOWAIT, sys.argv[1], sys.argv[1:]), 0)
 print()
-print(status, (usage.ru_utime + usage.ru_stime) * 1e3, (time.monotonic() - start) * 1e3, usage.ru_maxrss / 1024)
+print(status, (usage.ru_utime + usage.ru_stime) * 1e3, (time.monotonic() - start) * 1e3,
+usage.ru_maxrss / 1024)
 """,
 ]
-# A PID namespace numbers its processes from 1, this shell, without a gap. No file can be written to in it.
+# A PID namespace numbers its processes from 1, this shell, without a gap. No file can be written to
+# in it.
 COUNT = [
     'unshare',
     '--pid',
@@ -105,9 +108,11 @@ class Meter(Host):
 
 
 class Fleet(Host):
-    """A host for many agents, told apart by their base URLs, that turns away as many requests as it will grant.
+    """A host for many agents, told apart by their base URLs, that turns away as many requests as it
+    will grant.
 
-    Of ten requests, one is reset. Each goal state has a new incarnation; only a report with the latest is taken.
+    Of ten requests, one is reset. Each goal state has a new incarnation; only a report with the
+    latest is taken.
     """
 
     def __init__(self, agents):
@@ -144,8 +149,9 @@ class Fleet(Host):
 
     def goal_state(self, agent):
         return (
-            b'<GoalState><Incarnation>%d</Incarnation><Container><ContainerId>c-%d</ContainerId><RoleInstanceList>'
-            b'<RoleInstance><InstanceId>i-%d</InstanceId></RoleInstance></RoleInstanceList></Container></GoalState>'
+            b'<GoalState><Incarnation>%d</Incarnation><Container><ContainerId>c-%d</ContainerId>'
+            b'<RoleInstanceList><RoleInstance><InstanceId>i-%d</InstanceId></RoleInstance>'
+            b'</RoleInstanceList></Container></GoalState>'
         ) % (self.incarnations[agent], agent, agent)
 
 
@@ -183,15 +189,18 @@ def run(command, answers=None, **settings):
         )
 
 
-def good(did):
+def succeeded(did):
     assert did.status == 0, 'a run failed: %s' % (did,)
     return did
 
 
 def rounds(number, subjects):
-    """Run all the subjects, by name, that often; the first round is for warmth. Return the runs by name."""
+    """Run all the subjects, by name, that often; the first round is for warmth. Return the runs by
+    name.
+    """
     turns = [
-        {name: good(run(*subject)) for name, subject in subjects.items()} for _ in range(number + 1)
+        {name: succeeded(run(*subject)) for name, subject in subjects.items()}
+        for _ in range(number + 1)
     ]
     return {name: [turn[name] for turn in turns[1:]] for name in subjects}
 
@@ -320,7 +329,8 @@ def large_goal_states():
             not dear,
             gate=name == 'azure-provisioning.py',
         )  # each tag costs a shell twenty commands
-        # Twice the bytes cost twice as much, or four times where it is quadratic; a fifth of a run may be noise.
+        # Twice the bytes cost twice as much, or four times where it is quadratic; a fifth of a run
+        # may be noise.
         steep = [
             '%s %.1f' % (shape, (whole - 1) / max(half - 1, 0.01))
             for shape, (half, whole) in ratios.items()
@@ -333,7 +343,7 @@ def large_goal_states():
             gate=False,
         )
     table(
-        'CPU of a run with a goal state of 32 and of 64 KiB, as a ratio to one of 2 KiB, by what fills it',
+        'CPU of a run with a goal state of 32 and of 64 KiB, as a ratio to one of 2 KiB',
         [''] + list(SHAPES),
         *rows,
     )
@@ -389,14 +399,14 @@ def fleet():
         for agent in range(agents):
             url = '%s/agent/%d' % (host.wireserver, agent)
             started.append(time.monotonic())
-            with open(os.path.join(home, str(agent)), 'w') as trouble:
+            with open(os.path.join(home, str(agent)), 'w') as errors:
                 processes.append(
                     sandbox.start(
                         [OURS[agent % 2]],
                         (url, url),
                         environment(home),
                         stdout=subprocess.DEVNULL,
-                        stderr=trouble,
+                        stderr=errors,
                     )
                 )
         deadline = time.monotonic() + PATIENCE
@@ -407,10 +417,10 @@ def fleet():
                 process.kill()
                 process.wait()
             if process.returncode != 0:
-                with open(os.path.join(home, str(agent))) as trouble:
+                with open(os.path.join(home, str(agent))) as errors:
                     print(
                         '\nAgent %d ended with status %d:\n%s'
-                        % (agent, process.returncode, trouble.read())
+                        % (agent, process.returncode, errors.read())
                     )
         done = sum(process.returncode == 0 for process in processes)
         once = sum(len(host.ready[agent]) == 1 for agent in range(agents))
@@ -429,7 +439,7 @@ def fleet():
                 ]
             )
     table(
-        '%d agents at once: the first %d requests are answered with 429 or 503, every tenth is reset'
+        '%d agents at once: the first %d requests get 429 or 503, every tenth is reset'
         % (agents, 3 * agents),
         [
             '',

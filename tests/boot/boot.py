@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """First boots with a real systemd: python3 tests/boot/boot.py [--tree TREE [--openrc]] [PROGRAM]...
 
-Each check boots a system in which `make install` has put a PROGRAM, py or sh; without one, both are held. systemd
-runs as PID 1 in namespaces (container), on an overlay over TREE, without one over this machine's own /. The Azure
-host has the addresses it has in Azure, on the lo of a network namespace without a link.
-Prints a line a check, in TAP, and what was measured as comments. Exit status: 0 all passed or were skipped, 1.
-Needs root, systemd and iproute2.
+Each check boots a system in which `make install` has put a PROGRAM, py or sh; without one, both are
+held. systemd runs as PID 1 in namespaces (container), on an overlay over TREE, without one over
+this machine's own /. The Azure host has the addresses it has in Azure, on the lo of a network
+namespace without a link. Prints a line a check, in TAP, and what was measured as comments. Exit
+status: 0 all passed or were skipped, 1. Needs root, systemd and iproute2.
 """
 
 import time
@@ -15,7 +15,8 @@ from host import ADDRESSES, Azure, good, network
 from lib import BLOCK, GOOD_RUN, SILENT, expect, from_readme, is_provisioned, main, probed
 from tap import measured
 
-FEW = '[Service]\nEnvironment=AZURE_PROVISIONING_ATTEMPTS=3\n'  # attempts, so that a failure does not take 40 minutes
+# few attempts, so that a failure does not take 40 minutes
+FEW = '[Service]\nEnvironment=AZURE_PROVISIONING_ATTEMPTS=3\n'
 SLOW = """[Unit]
 Before=network.target
 [Service]
@@ -49,7 +50,9 @@ def boots_again(machine):
 
 
 def first_boot(machine):
-    """The first boot reports Ready, sets the hostname, disables the unit, and says so; the second asks nothing."""
+    """The first boot reports Ready, sets the hostname, disables the unit, and says so; the second
+    asks nothing.
+    """
     machine.write('etc/systemd/system/slow.service', SLOW)
     machine.enable('slow')
     with Azure() as host:
@@ -64,7 +67,9 @@ def first_boot(machine):
 
 
 def late_network(machine):
-    """The network comes when the login is there: so does Ready. Neither waits for the other, nor for another NIC."""
+    """The network comes when the login is there: so does Ready. Neither waits for the other, nor
+    for another NIC.
+    """
     network('del')
     came = []
 
@@ -116,7 +121,7 @@ def no_wireserver(machine):
 
 
 def no_imds(machine):
-    """Without IMDS Ready is reported, the unit fails and stays enabled; the next boot provisions."""
+    """Without IMDS Ready is reported, the unit fails and stays enabled; another boot provisions."""
     with Azure(away=['imds']) as host:
         report = machine.boot()
         assert len(host.posts()) == 1, host.requests
@@ -168,7 +173,9 @@ def power_cut(machine):
 
 
 def sandbox(machine):
-    """Each directive of the unit's sandbox refuses, alone, what it is there for, and together they refuse all of it."""
+    """Each directive of the unit's sandbox refuses, alone, what it is there for, and together they
+    refuse all of it.
+    """
     with Azure():
         probed(machine)
 
@@ -207,7 +214,9 @@ def moment(report, unit):
 
 
 def openrc(machine):
-    """With OpenRC and the README's service, Ready is reported, the hostname set, the service taken from default."""
+    """With OpenRC and the README's service, Ready is reported, the hostname set, the service taken
+    from default.
+    """
     machine.write('etc/init.d/azure-provisioning', from_readme('openrc-run'), 0o755)
     for runlevel in 'sysinit', 'boot', 'default':
         (machine.upper / 'etc/runlevels' / runlevel).mkdir()

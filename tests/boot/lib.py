@@ -1,7 +1,8 @@
-"""What the first boots share: systems to boot, what they report, the user and the password of logins, guests in QEMU.
+"""What the first boots share: systems to boot, what they report, the user and the password of
+logins, guests in QEMU.
 
-A Machine boots in namespaces (container), a Guest in QEMU. Azure's host has the addresses that it has in Azure, on the
-lo of a network namespace without a link, or of a guest without a network card.
+A Machine boots in namespaces (container), a Guest in QEMU. Azure's host has the addresses that it
+has in Azure, on the lo of a network namespace without a link, or of a guest without a network card.
 """
 
 import argparse
@@ -117,8 +118,8 @@ QEMU = [
     '-uuid',
     VM_ID,
 ]
-# A panic reboots, and that ends QEMU. A getty would wait for a device that nobody announces, for there is no udev.
-# The check of the timer fails on a busy machine.
+# A panic reboots, and that ends QEMU. A getty would wait for a device that nobody announces, for
+# there is no udev. The check of the timer fails on a busy machine.
 PARAMETERS = 'console=ttyS0 quiet mitigations=off panic=-1 no_timer_check systemd.getty_auto=no '
 DISK = 'if=none,id=disk,format=raw,cache=unsafe,file=%s'
 GUEST_LIMIT = 300  # seconds for a boot of a guest
@@ -131,7 +132,7 @@ class Machine:
 
     def __init__(self, program, options, drop_in='', steps=''):
         self.tree = options.tree
-        self.state = pathlib.Path(tempfile.mkdtemp(dir=options.scratch))
+        self.state = pathlib.Path(tempfile.mkdtemp(dir=options.folder))
         self.upper = self.state / 'upper'
         self.units = self.upper / 'etc/systemd/system'
         self.units.mkdir(parents=True)
@@ -163,6 +164,7 @@ class Machine:
                 'DESTDIR=%s' % self.upper,
             ],
             check=True,
+            stdout=subprocess.DEVNULL,
             cwd=str(PROJECT),
         )
         shutil.copytree(str(HERE / 'image'), str(self.upper / 'azure-provisioning-tests'))
@@ -197,8 +199,8 @@ class Machine:
     def boot(self, meanwhile=lambda up: False):
         """Boot, and wait for the power to go off; return the report, a list a name.
 
-        What is to be done meanwhile is called again and again with the seconds since the system was up, with
-        multi-user.target; once it returns True, the power is cut.
+        What is to be done meanwhile is called again and again with the seconds since the system was
+        up, with multi-user.target; once it returns True, the power is cut.
         """
         console = self.state / 'console'
         console.write_text('')
@@ -247,7 +249,7 @@ def from_readme(words):
 
 
 def is_provisioned(report, posts):
-    """Assert that Azure was told once, the hostname is set, and the unit disabled and ended well."""
+    """Assert that Azure was told once, the hostname is set, the unit disabled and ended well."""
     expect(report, {'enabled': 'disabled', 'kernel-hostname': 'web-1', 'static-hostname': 'web-1'})
     assert re.search('Deactivated successfully|Succeeded', ' '.join(report['systemd'])), report
     assert len(posts) == 1, posts
@@ -258,7 +260,9 @@ def expect(report, values):
 
 
 def probed(machine):
-    """Boot a machine that tries what the sandbox is for: without it, in all of it, and in each directive alone."""
+    """Boot a machine that tries what the sandbox is for: without it, in all of it, and in each
+    directive alone.
+    """
     machine.write('usr/lib/modules/probe', '')
     machine.write('etc/tmpfiles.d/probe.conf', 'f /tmp/probe\n')
     lines = [
@@ -309,12 +313,13 @@ def why_not(options, needed):
             options.tree.rstrip('/') + each if each[0] == '/' else each
         ):  # a path is one in the tree
             return 'no ' + each
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as folder:
         mounts = """
-            mount -t tmpfs none "$1" && cd "$1" && mkdir a b c && mount -t cgroup2 none a && mkdir a/$$ && rmdir a/$$ &&
+            mount -t tmpfs none "$1" && cd "$1" && mkdir a b c &&
+            mount -t cgroup2 none a && mkdir a/$$ && rmdir a/$$ &&
             mount -t overlay -o "lowerdir=$2,upperdir=b,workdir=c" none b"""
         tried = subprocess.run(
-            UNSHARE + ['sh', '-c', mounts, 'sh', scratch, options.tree],
+            UNSHARE + ['sh', '-c', mounts, 'sh', folder, options.tree],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             universal_newlines=True,
@@ -326,7 +331,7 @@ def inside(program, options):
     """Run the checks for a program, in a network of our own; return the exit status."""
     assert {name for _, name in socket.if_nameindex()} == {'lo'}, 'a network with a link'
     subprocess.run(
-        ['mount', '-t', 'tmpfs', 'tmpfs', options.scratch], check=True
+        ['mount', '-t', 'tmpfs', 'tmpfs', options.folder], check=True
     )  # an overlay wants it so
     passed = [
         tell('%s: %s' % (program, check.__doc__), hold, check, program, options)
@@ -343,7 +348,9 @@ def hold(check, program, options):
 
 
 def main(about, checks, needed=(), with_openrc=()):
-    """Hold the programs against the checks, where this machine has the commands and the tree the paths needed."""
+    """Hold the programs against the checks, where this machine has the commands and the tree the
+    paths needed.
+    """
     parser = argparse.ArgumentParser(
         description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -351,11 +358,13 @@ def main(about, checks, needed=(), with_openrc=()):
     parser.add_argument(
         '--openrc', action='store_true', help='TREE has OpenRC in the place of systemd'
     )
-    parser.add_argument('--inside', dest='scratch', help=argparse.SUPPRESS)
+    parser.add_argument('--only', metavar='CHECK', help='the check of this name')
+    parser.add_argument('--inside', dest='folder', help=argparse.SUPPRESS)
     parser.add_argument('programs', nargs='*', default=['py', 'sh'], metavar='PROGRAM')
     options = parser.parse_args()
     options.checks = list(with_openrc) if options.openrc else checks
-    if options.scratch:
+    options.checks = [each for each in options.checks if options.only in (None, each.__name__)]
+    if options.folder:
         sys.exit(inside(options.programs[0], options))
     print('1..%d' % (len(options.checks) * len(options.programs)), flush=True)
     reason = why_not(options, needed)
@@ -364,15 +373,14 @@ def main(about, checks, needed=(), with_openrc=()):
             for check in options.checks:
                 print('ok %s: %s # skip %s' % (program, check.__doc__, reason))
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        again = UNSHARE + [sys.executable, sys.argv[0], '--tree', options.tree, '--inside', scratch]
+    with tempfile.TemporaryDirectory() as folder:
+        again = UNSHARE + [sys.executable, sys.argv[0], '--tree', options.tree, '--inside', folder]
         again += ['--openrc'] * options.openrc
-        runs = [
-            subprocess.Popen(again + [program], stdout=subprocess.PIPE, universal_newlines=True)
-            for program in options.programs
-        ]  # side by side, as most of the time is spent waiting
+        again += ['--only', options.only] if options.only else []
+        # side by side, as most of the time is spent waiting; each line is shown as it comes
+        runs = [subprocess.Popen(again + [program]) for program in options.programs]
         for run in runs:
-            print(run.communicate()[0], end='')
+            run.wait()
     sys.exit(1 if any(run.returncode for run in runs) else 0)
 
 
@@ -437,7 +445,9 @@ def boot_and_log_in(machine, *options):
 
 
 def let_in(report, *ways):
-    """Assert that these ways to log in lead in, and with sudo to root, with PAM and without; and no other does."""
+    """Assert that these ways to log in lead in, and with sudo to root, with PAM and without; and no
+    other does.
+    """
     said = {name: value for name, (value, *_) in report.items() if name.startswith('login:')}
     ways = {'login:%s:%s' % (way, pam) for way in ways for pam in ('with-PAM', 'without-PAM')}
     assert ways <= set(said), said
@@ -449,7 +459,7 @@ class Guest(Machine):
     """A machine with a disk of its own, the tree and what is over it."""
 
     def __init__(self, program, tree, steps=''):
-        super().__init__(program, argparse.Namespace(tree=tree, scratch=os.getcwd()), steps=steps)
+        super().__init__(program, argparse.Namespace(tree=tree, folder=os.getcwd()), steps=steps)
         shutil.copytree(str(KIT), str(self.upper / 'azure-provisioning-tests/kit'))
         self.enable('azure-host')
         self.disk = self.state / 'disk'
@@ -610,7 +620,7 @@ def modules():
 
 
 @contextlib.contextmanager
-def in_scratch():
+def in_own_folder():
     """Work in a folder, in memory where that is possible."""
     with tempfile.TemporaryDirectory() as folder:
         if os.getuid() == 0:

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""First boots that make the user, and real logins: python3 tests/boot/logins.py [--tree TREE] [PROGRAM]...
+"""First boots that make the user, and real logins: python3 tests/boot/logins.py [--tree TREE]
+[PROGRAM]...
 
-As boot.py, but with the steps that make a user with SSH keys and a password. Then the machine logs in to itself, with
-the real ssh and sshd. A namespace cannot mount a DVD: here /dev/sr0 is a file and the command mount binds a folder;
-vm.py has the real ones.
-Prints a line a check, in TAP. Exit status: 0 all passed or were skipped, 1.
-Needs root, systemd, iproute2 and ssh-keygen, and in TREE OpenSSH, sudo and useradd.
+As boot.py, but with the steps that make a user with SSH keys and a password. Then the machine logs
+in to itself, with the real ssh and sshd. A namespace cannot mount a DVD: here /dev/sr0 is a file
+and the command mount binds a folder; vm.py has the real ones. Prints a line a check, in TAP. Exit
+status: 0 all passed or were skipped, 1. Needs root, systemd, iproute2 and ssh-keygen, and in TREE
+OpenSSH, sudo and useradd.
 """
 
 import base64
@@ -44,7 +45,8 @@ exec /bin/mount --bind /azure-provisioning-tests/dvd "$where"
 """
 BAD_REQUEST = Answer('http', b'HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n')
 NO_IPV6 = 'LinkLocalAddressing=no\nIPv6AcceptRA=no\n'
-POINTS = [  # of a run: an endpoint that is silent; or a command that does not end, and what it does before
+# of a run: an endpoint that is silent; or a command that does not end, and what it does before
+POINTS = [
     ('adminUsername', '', ''),
     ('keyData', '', ''),
     ('', 'useradd', ''),
@@ -105,8 +107,8 @@ def files(machine, *folders):
 
 
 def end_state(machine):
-    """What the steps are to leave, but for the salt of the password, the copies that its commands keep, and what only
-    useradd makes of a home: its mode, and what is in /etc/skel.
+    """What the steps are to leave, but for the salt of the password, the copies that its commands
+    keep, and what only useradd makes of a home: its mode, and what is in /etc/skel.
     """
     state = files(machine, 'etc', 'home', 'var/lib/azure-provisioning')
     skel = {
@@ -142,7 +144,9 @@ def is_readable_by(machine, wanted):
 
 
 def on_token(key):
-    """The public key as if its private one were on a FIDO token: another type, and an application in the end."""
+    """The public key as if its private one were on a FIDO token: another type, and an application
+    in the end.
+    """
     kind, blob, comment = key.split(' ', 2)
     other = kind.replace('ecdsa-', 'sk-ecdsa-').replace('ssh-', 'sk-ssh-') + '@openssh.com'
     blob = base64.b64decode(blob)[4 + len(kind) :] + struct.pack('>I4s', 4, b'ssh:')
@@ -151,7 +155,9 @@ def on_token(key):
 
 
 def keys(machine):
-    """The user is made; each of its SSH keys lets in, with PAM and without, and sudo there asks for no password."""
+    """The user is made; each of its SSH keys lets in, with PAM and without, and sudo there asks for
+    no password.
+    """
     answers = has_user(machine, *KEYS)
     by_name = dict(zip(KEYS, answers['keyData']))
     for name in 'id_ed25519', 'id_ecdsa256':  # there is no token here to log in with
@@ -183,7 +189,9 @@ keys.steps = 'user hostname ready disable'
 
 
 def password(machine):
-    """The password on the DVD lets in, too, and stands nowhere; what else is on the DVD is for root alone."""
+    """The password on the DVD lets in, too, and stands nowhere; what else is on the DVD is for root
+    alone.
+    """
     has_dvd(machine)
     with Azure(has_user(machine, 'id_ed25519')) as host:
         report = boot_and_log_in(machine)
@@ -268,13 +276,17 @@ def power_cut(machine):
                 0o755,
             )
         with Azure(dict(answers, **{silent: SILENT})) as host:
-            machine.boot(lambda up: any(wanted in request.line for request in host.requests))
+            machine.boot(lambda up, host=host, wanted=wanted: is_asked(host, wanted))
         assert machine.cut, (silent, blocked, host.requests)
         if blocked:
             (machine.upper / 'usr/local/sbin' / blocked).unlink()
         with Azure(answers) as host:
             is_ready(machine.boot(), host)
         is_same(end_state(machine), whole)
+
+
+def is_asked(host, wanted):
+    return any(wanted in request.line for request in host.requests)
 
 
 def is_same(state, other):
@@ -287,7 +299,9 @@ def is_same(state, other):
 
 
 def not_ready(machine):
-    """Where IMDS can name no user, Azure is told NotReady, once, and the unit fails and stays enabled."""
+    """Where IMDS can name no user, Azure is told NotReady, once, and the unit fails and stays
+    enabled.
+    """
     with Azure(good(adminUsername=[BAD_REQUEST])) as host:
         report = machine.boot()
         posts = host.posts()
@@ -306,7 +320,9 @@ def not_ready(machine):
 
 
 def publish(machine):
-    """A DHCP server learns the hostname, of systemd-networkd, though the lease was there before it was set."""
+    """A DHCP server learns the hostname, of systemd-networkd, though the lease was there before it
+    was set.
+    """
     if not pathlib.Path(machine.tree, 'lib/systemd/systemd-networkd').exists():
         raise Skipped('no systemd-networkd')
     machine.write(
@@ -332,7 +348,9 @@ def publish(machine):
 
 
 class DHCP:
-    """A DHCP server on an interface, for a single client: notes the hostnames that it is asked for an address with."""
+    """A DHCP server on an interface, for a single client: notes the hostnames that it is asked for
+    an address with.
+    """
 
     def __init__(self, interface):
         self.names = []

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """The README's recipes: python3 tests/boot/recipes.py [--tree TREE] [--openrc TREE]
 
-Each check runs a recipe's own lines in a tree of Debian, and boots what comes of it: in namespaces, as boot.py does, or
-in QEMU, as vm.py, which also has the recipe for BusyBox. A TREE is made where it is not given, of PACKAGES.
-Prints a line a check, in TAP, and what was measured as comments. Exit status: 0 all passed or were skipped, 1.
-Needs root, apt-get, qemu-system-x86_64, systemd, iproute2, shellcheck and, without TREE, mmdebstrap.
+Each check runs a recipe's own lines in a tree of Debian, and boots what comes of it: in namespaces,
+as boot.py does, or in QEMU, as vm.py, which also has the recipe for BusyBox. A TREE is made where
+it is not given, of PACKAGES. Prints a line a check, in TAP, and what was measured as comments. Exit
+status: 0 all passed or were skipped, 1. Needs root, apt-get, qemu-system-x86_64, systemd, iproute2,
+shellcheck and, without TREE, mmdebstrap.
 """
 
 import argparse
@@ -28,15 +29,19 @@ from run import PROJECT
 from tap import Skipped, measured, tell
 
 PACKAGES = {
-    'tree': 'systemd-sysv dbus curl iproute2 openssh-server cloud-init waagent dracut-core dracut-network nix-bin',
+    'tree': 'systemd-sysv dbus curl iproute2 openssh-server cloud-init waagent dracut-core '
+    'dracut-network nix-bin',
     'openrc': 'openrc iproute2',
 }
 TREES = {}
-# A command in an overlay over a tree, as root, in namespaces from which it reaches nothing of this machine.
+# A command in an overlay over a tree, as root, in namespaces from which it reaches nothing of this
+# machine.
 CHROOT = """
-cd "$2/root" && mount -t overlay -o "lowerdir=$1,upperdir=$2/upper,workdir=$2/work" none . && cd "$2/root" &&
-mount -t proc proc proc && mount -t sysfs -o ro sysfs sys && mount -t tmpfs none run && mount --bind "$2/files" mnt &&
-exec env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=noninteractive \
+cd "$2/root" && mount -t overlay -o "lowerdir=$1,upperdir=$2/upper,workdir=$2/work" none . &&
+cd "$2/root" && mount -t proc proc proc && mount -t sysfs -o ro sysfs sys &&
+mount -t tmpfs none run && mount --bind "$2/files" mnt &&
+exec env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+    DEBIAN_FRONTEND=noninteractive \
     chroot . sh -euc 'cd /mnt; eval "$1"' sh "$3"
 """
 HOST = '#!/bin/sh\n/busybox/busybox --install -s /busybox\nPATH=/busybox:$PATH /azure-host start\n'
@@ -49,11 +54,15 @@ ENDED = """#!/bin/sh
 """
 EVALUATE = """nix-instantiate --eval --strict --json --expr '
     let files = name: environment: text: builtins.seq text "/files"; in
-    (import ./azure.nix { pkgs = { runCommand = files; curl = "/curl"; hostname = "/hostname"; }; }).systemd'"""
+    (import ./azure.nix { pkgs = {
+        runCommand = files; curl = "/curl"; hostname = "/hostname";
+    }; }).systemd'"""
 
 
 class Image(Machine):
-    """A tree in which commands are run, with the script and the unit beside them; it boots as any other machine."""
+    """A tree in which commands are run, with the script and the unit beside them; it boots as any
+    other machine.
+    """
 
     def __init__(self, which):
         self.tree = tree(which)
@@ -101,12 +110,15 @@ class Image(Machine):
 
 
 def debian():
-    """Debian: without cloud-init and waagent it is provisioned, with SSH host keys and a machine-id of its own."""
+    """Debian: without cloud-init and waagent it is provisioned, with SSH host keys and a machine-id
+    of its own.
+    """
     image = Image('tree')
     keys = host_keys(image)
     image.run(from_readme('apt-get purge'))
     left = image.run(
-        'ls /etc/ssh/ssh_host_* /lib/systemd/system/cloud-* /lib/systemd/system/*agent* 2>/dev/null || :; '
+        'ls /etc/ssh/ssh_host_* /lib/systemd/system/cloud-* /lib/systemd/system/*agent* '
+        '2>/dev/null || :; '
         'cat /etc/machine-id; find /var/log -type f'
     )
     assert left == '', left
@@ -123,14 +135,17 @@ def host_keys(image):
 
 
 def alpine():
-    """OpenRC and BusyBox: with its shell and its wget, Ready is reported, the hostname set, the service removed."""
+    """OpenRC and BusyBox: with its shell and its wget, Ready is reported, the hostname set, the
+    service removed.
+    """
     image = Image('openrc')
     for own in 'etc/init.d', 'etc/runlevels':  # in the place of Debian's
         (image.upper / own).mkdir(parents=True)
         os.setxattr(str(image.upper / own), 'trusted.overlay.opaque', b'y')
     shutil.copy(str(busybox()), str(image.files))
     image.run(
-        'cp busybox /usr/local/bin && rm -f /usr/bin/curl && ln -sf /usr/local/bin/busybox /bin/sh &&'
+        'cp busybox /usr/local/bin && rm -f /usr/bin/curl && '
+        'ln -sf /usr/local/bin/busybox /bin/sh && '
         '/bin/sh -c "/usr/local/bin/busybox --install -s /usr/local/bin" &&'
         'mkdir -p /etc/network /etc/runlevels/sysinit /etc/runlevels/boot /etc/runlevels/default'
     )
@@ -179,7 +194,9 @@ def dracut():
 
 
 def nixos():
-    """NixOS: the module evaluates; its unit provisions where hostnamectl is refused, and remembers the VM."""
+    """NixOS: the module evaluates; its unit provisions where hostnamectl is refused, and remembers
+    the VM.
+    """
     image = Image('tree')
     (image.files / 'azure.nix').write_text(from_readme('pkgs.runCommand'))
     systemd = json.loads(image.run(EVALUATE))
@@ -269,7 +286,7 @@ def main():
     TREES.update({which: getattr(options, which) for which in PACKAGES})
     checks = [debian, alpine, dracut, nixos, shell]
     print('1..%d' % len(checks), flush=True)
-    with lib.in_scratch():
+    with lib.in_own_folder():
         if os.getuid() == 0:
             for fetch in lib.kernel, busybox, lambda: tree('tree'), lambda: tree('openrc'):
                 with contextlib.suppress(Skipped):  # whoever needs it asks again, and is skipped

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """First boots of a real kernel, in QEMU: python3 tests/boot/vm.py [--tree TREE]
 
-Guests without a network card; Azure's host is inside each, on its lo, and tells the console what it is asked. For each
-of the two scripts a Debian, TREE or one made for it (tree), with its systemd as PID 1 and what `make install`
-installs, and another one with a DVD; for the one in shell also a system of nothing but BusyBox, started as the README
-says. The kernel is Debian's for clouds.
-Prints a line a check, in TAP, and what was measured as comments. Exit status: 0 all passed or were skipped, 1.
-Needs root, apt-get, qemu-system-x86_64, mke2fs and, without TREE, mmdebstrap; for the DVD ssh-keygen and genisoimage,
-and OpenSSH, sudo and kmod in TREE.
+Guests without a network card; Azure's host is inside each, on its lo, and tells the console what it
+is asked. For each of the two scripts a Debian, TREE or one made for it (tree), with its systemd as
+PID 1 and what `make install` installs, and another one with a DVD; for the one in shell also a
+system of nothing but BusyBox, started as the README says. The kernel is Debian's for clouds. Prints
+a line a check, in TAP, and what was measured as comments. Exit status: 0 all passed or were
+skipped, 1. Needs root, apt-get, qemu-system-x86_64, mke2fs and, without TREE, mmdebstrap; for the
+DVD ssh-keygen and genisoimage, and OpenSSH, sudo and kmod in TREE.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from lib import (
     from_readme,
     has_user,
     have,
-    in_scratch,
+    in_own_folder,
     is_provisioned,
     let_in,
     ovf,
@@ -52,7 +52,9 @@ from tap import Skipped, tell
 
 
 def debian(program, tree):
-    """A Debian reports Ready on its first boot, sets the hostname, disables the unit; the second asks nothing."""
+    """A Debian reports Ready on its first boot, sets the hostname, disables the unit; the second
+    asks nothing.
+    """
     guest = Guest(program, tree or debian_tree())
     report = guest.boot()
     is_provisioned(report, report['posted'])
@@ -78,7 +80,9 @@ def sandbox(program, tree):
 
 
 def dvd_udf(program, tree):
-    """The user logs in with the password on a real DVD, UDF; the next boot asks nothing; an image without DVD fails."""
+    """The user logs in with the password on a real DVD, UDF; the next boot asks nothing; an image
+    without DVD fails.
+    """
     dvd(program, tree, 'udf')
 
 
@@ -139,7 +143,9 @@ def burnt_dvd():
 
 
 def busybox(program, _):
-    """A system of BusyBox alone reports Ready, with its wget, and sets the hostname: the README's script for init.d."""
+    """A system of BusyBox alone reports Ready, with its wget, and sets the hostname: the README's
+    script for init.d.
+    """
     report = boot_busybox(
         program, '::wait:/etc/init.d/S50azure-provisioning start\n'
     )  # as Buildroot's rcS does
@@ -148,7 +154,9 @@ def busybox(program, _):
 
 
 def busybox_user(program, _):
-    """So it does with the README's line for inittab; and it lets a user in, where that step is named, too."""
+    """So it does with the README's line for inittab; and it lets a user in, where that step is
+    named, too.
+    """
     line = from_readme('::once:')
     with_user = line.replace(' ready ', ' user ready ')
     assert with_user != line, line
@@ -168,7 +176,9 @@ def busybox_user(program, _):
 
 
 def boot_busybox(program, line):
-    """Boot a system of BusyBox alone that has the README's script for init.d, and one more line in its inittab."""
+    """Boot a system of BusyBox alone that has the README's script for init.d, and one more line in
+    its inittab.
+    """
     root = pathlib.Path(tempfile.mkdtemp(dir=os.getcwd())) / 'root'
     shutil.copytree(str(busybox_tree()), str(root), symlinks=True)
     shutil.copy(
@@ -220,7 +230,7 @@ def main():
         ('sh', busybox_user),
     ]
     print('1..%d' % len(checks))
-    with in_scratch():
+    with in_own_folder():
         passed = [
             tell('%s: %s' % (program, check.__doc__), hold, check, program, options.tree)
             for program, check in checks

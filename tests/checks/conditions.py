@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""What no case can show: signals, outputs that go nowhere, a goal state cut at every byte, /etc full or read-only.
+"""What no case can show: signals, outputs that go nowhere, a goal state cut at every byte, /etc
+full or read-only.
 
-python3 tests/checks/conditions.py [PROGRAM]... prints a line a check, in TAP. Exit status: 0 all passed or were
-skipped, 1. A port has to print the same lines here.
+python3 tests/checks/conditions.py [PROGRAM]... prints a line a check, in TAP. Exit status: 0 all
+passed or were skipped, 1. A port has to print the same lines here.
 """
 
 import os
@@ -140,7 +141,7 @@ def full_etc(program):
 
 
 def in_small_etc(program, prepare):
-    """Run the hostname step where hostnamectl fails and /etc has two pages; return what came of it."""
+    """Run the hostname step where hostnamectl fails and /etc has two pages; return the outcome."""
     if sandbox.without_roots():
         raise Skipped(sandbox.without_roots())
     with Host(good()) as host, tempfile.TemporaryDirectory() as folder:

@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""Hold both scripts against an XML library over random goal states: python3 tests/checks/fuzz.py [SEED [COUNT]]
+"""Hold both scripts against an XML library over random goal states: python3 tests/checks/fuzz.py
+[SEED [COUNT]]
 
-Half of the documents are legal layouts of a goal state: both scripts must take them, with the library's values. The
-other half are damaged: what the library takes must be taken with its values, what it refuses must be refused, unless
-all that is wrong with it lies inside a tag or is an entity, which a program may overlook (tests/README.md: either).
-Nobody may post a value that is not there. A divergence is printed with its seed and document; make it a case.
-Exit status: 0 none, 1 some.
+Half of the documents are legal layouts of a goal state: both scripts must take them, with the
+library's values. The other half are damaged: what the library takes must be taken with its values,
+what it refuses must be refused, unless all that is wrong with it lies inside a tag or is an entity,
+which a program may overlook (tests/README.md: either). Nobody may post a value that is not there. A
+divergence is printed with its seed and document; make it a case. Exit status: 0 none, 1 some.
 """
 
+import contextlib
 import random
 import re
 import signal
@@ -75,6 +77,11 @@ INSTRUCTIONS = [
     b' ',
     b'\xef\xbb\xbf',
 ]
+
+
+IN_BYTES = ['cut', 'drop', 'repeat', 'swap', 'flip', 'insert']
+IN_TAGS = ['rename', 'instruct', 'lose a tag']
+OTHER_TAGS = [b'<Incarnation', b'</Container', b'<InstanceId', b'<GoalState']
 
 
 class Layout:
@@ -168,16 +175,18 @@ class Layout:
             written += each + self.between()
         return written
 
+    def an_id(self):
+        return ''.join(self.dice.choice(ID) for _ in range(self.dice.randint(1, 40)))
+
     def document(self):
-        an_id = lambda: ''.join(self.dice.choice(ID) for _ in range(self.dice.randint(1, 40)))
         roles = [
-            self.element('RoleInstance', self.fill(self.value('InstanceId', an_id())))
+            self.element('RoleInstance', self.fill(self.value('InstanceId', self.an_id())))
             for _ in range(self.dice.choice([1, 1, 1, 2, 3]))
         ]
         container = self.element(
             'Container',
             self.fill(
-                self.value('ContainerId', an_id()),
+                self.value('ContainerId', self.an_id()),
                 self.element('RoleInstanceList', self.between().join([''] + roles + [''])),
             ),
         )
@@ -199,42 +208,42 @@ def damage(dice, data):
     for _ in range(dice.choice([1, 1, 1, 2, 4])):
         at, length = dice.randrange(len(data) + 1), dice.choice([1, 1, 2, 5, 30])
         names = [match.span() for match in re.finditer(rb'</?[A-Za-z]+', data)]
-        kind = dice.choice(
-            ['cut', 'drop', 'repeat', 'swap', 'flip', 'rename', 'insert', 'instruct', 'lose a tag']
-        )
-        if kind == 'cut':
-            data = data[:at]
-        elif kind == 'drop':
-            data = data[:at] + data[at + length :]
-        elif kind == 'repeat':
-            data = data[: at + length] + data[at:]
-        elif kind == 'swap':
-            data = (
-                data[:at]
-                + data[at + length : at + 2 * length]
-                + data[at : at + length]
-                + data[at + 2 * length :]
-            )
-        elif kind == 'flip' and at < len(data):
-            data = data[:at] + bytes([data[at] ^ 1 << dice.randrange(8)]) + data[at + 1 :]
-        elif kind == 'rename' and names:
-            start, end = dice.choice(names)
-            other = dice.choice([b'<Incarnation', b'</Container', b'<InstanceId', b'<GoalState'])
-            data = data[:start] + other + data[end:]
-        elif kind == 'insert':
-            data = data[:at] + dice.choice(DEBRIS) + data[at:]
-        elif kind == 'instruct' and names:
-            start, _ = dice.choice(names)
-            data = data[:start] + dice.choice(INSTRUCTIONS) + data[start:]
-        elif kind == 'lose a tag' and names:
-            start, end = dice.choice(names)
-            data = data[:start] + data[(data.find(b'>', end) + 1) or end :]
+        kind = dice.choice(IN_BYTES + IN_TAGS)
+        if kind in IN_BYTES:
+            data = damaged_bytes(dice, kind, data, at, length)
+        elif names:
+            data = damaged_tag(dice, kind, data, *dice.choice(names))
         data = data or b' '
     return data
 
 
+def damaged_bytes(dice, kind, data, at, length):
+    before, behind = data[:at], data[at + length :]
+    if kind == 'cut':
+        return before
+    if kind == 'drop':
+        return before + behind
+    if kind == 'repeat':
+        return data[: at + length] + data[at:]
+    if kind == 'swap':
+        return before + behind[:length] + data[at : at + length] + behind[length:]
+    if kind == 'insert':
+        return before + dice.choice(DEBRIS) + data[at:]
+    if at < len(data):  # flip
+        return before + bytes([data[at] ^ 1 << dice.randrange(8)]) + data[at + 1 :]
+    return data
+
+
+def damaged_tag(dice, kind, data, start, end):
+    if kind == 'rename':
+        return data[:start] + dice.choice(OTHER_TAGS) + data[end:]
+    if kind == 'instruct':
+        return data[:start] + dice.choice(INSTRUCTIONS) + data[start:]
+    return data[:start] + data[(data.find(b'>', end) + 1) or end :]  # lose it
+
+
 def library(data):
-    """The values that an XML library finds, or None where there is no goal state with three good ones."""
+    """The values that an XML library finds, or None where it finds no goal state with good ones."""
     try:
         root = xml.etree.ElementTree.fromstring(data)
     except (xml.etree.ElementTree.ParseError, ValueError, LookupError):
@@ -251,7 +260,9 @@ def library(data):
 
 
 def overlooked(data, values):
-    """Whether what the library refuses is a fault inside a tag, or one of characters, and the values are right."""
+    """Whether what the library refuses is a fault inside a tag, or one of characters, and the
+    values are right.
+    """
     text = data.decode('latin-1').replace('\xef\xbb\xbf', '', 1)
     plain = re.sub(r'(?s)<!--.*?-->|<[?].*?[?]>', ' ', text)
     plain = re.sub(
@@ -292,10 +303,8 @@ def took(script, documents):
         )
         # the script goes on to the next document by itself; behind the last one is silence
         while process.poll() is None and host.asked['goalstate'] <= len(documents):
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.05)
-            except subprocess.TimeoutExpired:
-                pass
         process.send_signal(signal.SIGKILL)
         process.wait()
         current = -1

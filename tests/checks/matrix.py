@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Hold the two scripts against the cases everywhere: python3 tests/checks/matrix.py [TEXT]
 
-A configuration is an interpreter, a set of programs on PATH, or an environment; TEXT chooses those that have it in
-their name. What fails in one for a reason stands in expected-failures; whatever else fails, fails the configuration.
-Prints a line for each, in TAP; one whose interpreter or program is not on this machine is skipped. Exit status: 0, 1.
+A configuration is an interpreter, a set of programs on PATH, or an environment; TEXT chooses those
+that have it in their name. What fails in one for a reason stands in expected-failures; whatever
+else fails, fails the configuration. Prints a line for each, in TAP; one whose interpreter or
+program is not on this machine is skipped. Exit status: 0, 1.
 """
 
 import fnmatch
@@ -25,9 +26,9 @@ PY, SH = run.OURS
 EXPECTED_FAILURES = pathlib.Path(__file__).resolve().parent / 'expected-failures'
 SHOWN = 3  # failures that are shown with what differs
 # what each shell needs, where it is not built in
-BASICS = 'sleep mv rm printf mkdir chmod cat'.split()
+BASICS = ['sleep', 'mv', 'rm', 'printf', 'mkdir', 'chmod', 'cat']
 # what user, password and data need beside that
-STEPS = 'awk base64 chown date grep head sed tr'.split()
+STEPS = ['awk', 'base64', 'chown', 'date', 'grep', 'head', 'sed', 'tr']
 ROGUE = """echo rogue
 alias command=false printf=false sleep=false curl=false
 exit 99

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Test the kit: every known-bad port of mutants/ is caught by the case that it names. Prints TAP.
 
-A mutant says what is wrong with it, by which case it is caught, and which lines of azure-provisioning.py are changed
-for it. Its case passes without the change. Exit status: 0 all are caught or skipped, 1.
+A mutant says what is wrong with it, by which case it is caught, and which lines of azure-
+provisioning.py are changed for it. Its case passes without the change. Exit status: 0 all are
+caught or skipped, 1.
 """
 
 import concurrent.futures

@@ -1,7 +1,9 @@
-"""The cases: cases/FAMILY/, a folder of tables, conversations and documents; tests/README.md tells how they are written.
+"""The cases: cases/FAMILY/, a folder of tables, conversations and documents; tests/README.md tells
+how they are written.
 
-What a case says comes in layers, each on top of those before: `family`, which all of a folder share; the head of its
-file; the case itself. In each, what stands before a heading holds for all, what is behind [must] for such cases alone.
+What a case says comes in layers, each on top of those before: `family`, which all of a folder
+share; the head of its file; the case itself. In each, what stands before a heading holds for all,
+what is behind [must] for such cases alone.
 """
 
 import pathlib
@@ -78,7 +80,9 @@ def entries(table, value):
 
 
 def fields(lines):
-    """The fields that lines have: each with its line, or with the lines behind it that are set in by four blanks."""
+    """The fields that lines have: each with its line, or with the lines behind it that are set in
+    by four blanks.
+    """
     found = []
     for line in lines:
         match = FIELD.fullmatch(line)
@@ -106,9 +110,15 @@ class Source:
 
     def __init__(self, path):
         self.path = path
+        try:
+            self.read(text.decoded(path.read_bytes()).split('\n'))
+        except (BadCase, text.BadText) as error:
+            raise BadCase('%s/%s: %s' % (path.parent.name, path.name, error)) from error
+
+    def read(self, lines):
         self.head = {'all': [], 'must': [], 'must-not': [], 'either': []}
         self.blocks, self.table = {}, []
-        self.divide(text.decoded(path.read_bytes()).split('\n'))
+        self.divide(lines)
         self.head = {verdict: layer_of(lines) for verdict, lines in self.head.items()}
         self.cases = {name: layer_of(lines) for name, lines in self.blocks.items()}
         self.cases.update(self.rows([line for line in self.table if line and line[0] != '#']))
@@ -217,7 +227,7 @@ class Family:
         try:
             return Case(self, source, name)
         except (BadCase, text.BadText, files.BadFiles, OSError, ValueError) as error:
-            raise BadCase('%s/%s: %s' % (self.folder.name, name, error))
+            raise BadCase('%s/%s: %s' % (self.folder.name, name, error)) from error
 
     def bytes_of(self, name):
         """What is in a file beside the cases."""
@@ -364,7 +374,7 @@ def words(line):
 
 
 def requests(lines):
-    """The request lines that are expected, each with the answer that is written behind it, if any."""
+    """The request lines that are expected, each with the answer written behind it, if any."""
     lines = text.lines_of(lines)
     if len(lines) == 1 and not re.match('(GET|POST) |.* -> ', lines[0]):
         lines = [word + '\n' for word in lines[0].split()]
@@ -386,7 +396,9 @@ def request_line(name):
 
 
 def conversation(lines):
-    """The answers that are written behind requests, by what is asked for; None for what the one before says."""
+    """The answers that are written behind requests, by what is asked for; None for what the one
+    before says.
+    """
     found = {}
     for line, answer in requests(lines):
         found.setdefault(endpoint_of(line), []).append(answer or None)

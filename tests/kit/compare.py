@@ -95,7 +95,9 @@ def listed(mark, lines, nothing):
 
 
 def with_placeholders(did, strict):
-    """What a run did, with {timestamp}, {version} and {usage} in the place of the program's own; and its usage."""
+    """What a run did, with {timestamp}, {version} and {usage} in the place of the program's own;
+    and its usage.
+    """
     did, usage = dict(did), None
     for name in ('posted', 'stdout', 'stderr'):
         content = re.sub(

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Show a first boot: python3 tests/kit/demo.py [PROGRAM]...
 
-Starts a fake Azure host on loopback, runs each program against it (without one: both scripts of this project), and
-prints its journal, what the host was asked, and what would have been done to the VM. Stubs take the place of
-hostnamectl and systemctl, and it runs in a sandbox: nothing of this machine is touched.
-Exit status: 0, 1 if a program failed, 3 where there is no sandbox.
+Starts a fake Azure host on loopback, runs each program against it (without one: both scripts of
+this project), and prints its journal, what the host was asked, and what would have been done to the
+VM. Stubs take the place of hostnamectl and systemctl, and it runs in a sandbox: nothing of this
+machine is touched. Exit status: 0, 1 if a program failed, 3 where there is no sandbox.
 """
 
 import os

@@ -1,7 +1,8 @@
 """The files of a case's root file system: read from lines, put in place, looked at, shown.
 
 /etc/skel/ 755              a folder
-/etc/hosts 644              a file, whose lines follow, each behind four blanks, where it is not empty
+/etc/hosts 644              a file, whose lines follow, each behind four blanks, where it is not
+empty
     127.0.0.1 localhost
 /etc/motd 644 < motd        a file with the bytes of another one, here `motd`
 /etc/issue 644 = "no end"   a file with just these bytes
@@ -139,7 +140,9 @@ def contents(place):
 
 
 def homes(root):
-    """The homes of the accounts, as far as they can be in a sandbox, with the numbers of user and group."""
+    """The homes of the accounts, as far as they can be in a sandbox, with the numbers of user and
+    group.
+    """
     lines = (
         contents(os.path.join(root, 'etc/passwd')).decode('utf-8', 'surrogateescape').splitlines()
     )
@@ -218,7 +221,9 @@ def show(path, file):
 
 @functools.lru_cache(maxsize=None)
 def new_user():
-    """The numbers of a new user and its group, those of root where a user namespace has no others; and the shell."""
+    """The numbers of a new user and its group, those of root where a user namespace has no others;
+    and the shell.
+    """
     shell = '/bin/bash' if os.access('/bin/bash', os.X_OK) else '/bin/sh'
     with tempfile.NamedTemporaryFile() as file:
         try:

@@ -8,6 +8,7 @@ Everything is bound to 127.0.0.1 on ports that the kernel picks, and serves unti
 """
 
 import collections
+import contextlib
 import pathlib
 import re
 import socket
@@ -17,18 +18,19 @@ import threading
 import time
 
 GOAL_STATE = pathlib.Path(__file__).resolve().parent / 'cases/goal-states/must-platform.xml'
+LEAF = 'GET /metadata/instance/compute/%s?api-version=2021-02-01&format=text'
 ENDPOINTS = {  # what is asked for -> the request line, but for the path of a base URL
     'goalstate': 'GET /machine?comp=goalstate',
     'health': 'POST /machine?comp=health',
-    'computerName': 'GET /metadata/instance/compute/osProfile/computerName?api-version=2021-02-01&format=text',
+    'computerName': LEAF % 'osProfile/computerName',
     'name': 'GET /metadata/instance/compute/name?api-version=2019-06-01&format=text',
-    'adminUsername': 'GET /metadata/instance/compute/osProfile/adminUsername?api-version=2021-02-01&format=text',
-    'publicKeys': 'GET /metadata/instance/compute/publicKeys?api-version=2021-02-01&format=text',
-    'keyData': 'GET /metadata/instance/compute/publicKeys/N/keyData?api-version=2021-02-01&format=text',  # any N
-    'disablePasswordAuthentication': 'GET /metadata/instance/compute/osProfile/disablePasswordAuthentication'
-    '?api-version=2021-02-01&format=text',
-    'userData': 'GET /metadata/instance/compute/userData?api-version=2021-02-01&format=text',
+    'adminUsername': LEAF % 'osProfile/adminUsername',
+    'publicKeys': LEAF % 'publicKeys',
+    'keyData': LEAF % 'publicKeys/N/keyData',  # any N
+    'disablePasswordAuthentication': LEAF % 'osProfile/disablePasswordAuthentication',
+    'userData': LEAF % 'userData',
 }
+HEAD = b'HTTP/1.1 200 OK\r\nContent-Type: text/xml; charset=utf-8\r\nContent-Length: %d\r\n\r\n'
 BLOCK = b'x' * 65536
 ENDLESS = {  # a head, and what follows again and again
     'endless': (b'', BLOCK),
@@ -40,8 +42,8 @@ FAULTS = ('silent', 'close', 'reset', 'drip', *ENDLESS)
 LONGEST = 60  # seconds that a fault goes on, should nobody hang up
 MOST = 64 << 20  # bytes that an endless reply sends, should nobody hang up
 
-# kind: 'http', all the bytes of a reply; 'body', the body of a good one; 'reset', bytes and then a reset;
-# 'fault', a word of FAULTS
+# kind: 'http', all the bytes of a reply; 'body', the body of a good one; 'reset', bytes and then a
+# reset; 'fault', a word of FAULTS
 Answer = collections.namedtuple('Answer', 'kind data')
 Request = collections.namedtuple('Request', 'line headers body time server')
 
@@ -115,14 +117,12 @@ class Host:
         with self.lock:
             sockets, self.sockets = self.sockets, None
         for each in sockets:
-            try:
+            with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
             each.close()
 
     def listen(self, server, address=('127.0.0.1', 0)):
-        """Open a server, on a port of its own; without a name, one that refuses every connection."""
+        """Open a server, on a port of its own; without a name, one that refuses all connections."""
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.IPPROTO_IP, 15, 1)  # IP_FREEBIND: the address may come later
@@ -141,7 +141,8 @@ class Host:
                 return
             with self.lock:
                 if self.sockets is None:
-                    return connection.close()
+                    connection.close()
+                    return
                 self.sockets.append(connection)
             threading.Thread(target=self.serve, args=(connection, server), daemon=True).start()
 
@@ -190,15 +191,13 @@ class Host:
         """All the bytes of a reply."""
         data = answer.data
         if answer.kind == 'body':
-            data = (
-                b'HTTP/1.1 200 OK\r\nContent-Type: text/xml; charset=utf-8\r\nContent-Length: %d\r\n\r\n%s'
-                % (len(data), data)
-            )
+            data = HEAD % len(data) + data
         return data.replace(b'{elsewhere}', self.elsewhere.encode())
 
     def reply(self, connection, answer):
         if answer.kind == 'fault':
-            return self.fault(connection, answer.data)
+            self.fault(connection, answer.data)
+            return
         connection.sendall(self.message(answer))
         if answer.kind == 'reset':
             self.reset(connection)

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Hold provisioning agents against the cases: python3 tests/kit/run.py [--strict] [--only TEXT] [PROGRAM]...
+"""Hold provisioning agents against the cases: python3 tests/kit/run.py [--strict] [--only TEXT]
+[PROGRAM]...
 
-A PROGRAM is a command line, './my-port --flag' say; without one, the two scripts of this project are run, py and sh.
---strict also compares what only these two promise: every header, every byte printed, nothing written anywhere.
-Exit status: 0 all passed, 1 some failed, 2 the cases themselves are not in order, 3 nothing can be run here.
+A PROGRAM is a command line, './my-port --flag' say; without one, the two scripts of this project
+are run, py and sh. --strict also compares what only these two promise: every header, every byte
+printed, nothing written anywhere. Exit status: 0 all passed, 1 some failed, 2 the cases themselves
+are not in order, 3 nothing can be run here.
 """
 
 import argparse
@@ -34,11 +36,14 @@ BUSY = 4 * len(
     os.sched_getaffinity(0)
 )  # runs at once that take the processor; more would make some time out
 WAITING = 32  # runs at once that wait
+NOTHING = 3  # exit status where nothing was run
 OFTEN = 5  # seconds from one word of progress to the next
 
 
 def command_line(program):
-    """The words of a program's command line, `py` and `sh` for ours; those that name files do so from any folder."""
+    """The words of a program's command line, `py` and `sh` for ours; those that name files do so
+    from any folder.
+    """
     program = {'py': OURS[0], 'sh': OURS[1]}.get(program, program)
     words = [
         os.path.abspath(word) if os.path.isfile(word) else word for word in shlex.split(program)
@@ -49,7 +54,9 @@ def command_line(program):
 
 
 class Run:
-    """One run of a program for a case: what it did, by the names of EXPECTED, its requests, and faults that were seen."""
+    """One run of a program for a case: what it did, by the names of EXPECTED, its requests, and
+    faults that were seen.
+    """
 
     def __init__(self, case, program, environment):
         self.case, self.program, self.faults = case, program, []
@@ -80,7 +87,9 @@ class Run:
                 sandbox.default_route()
 
     def environment(self, common):
-        """The environment of the program: the common one, what the stubs need, and the settings of the case."""
+        """The environment of the program: the common one, what the stubs need, and the settings of
+        the case.
+        """
         user, group, _ = files.new_user()
         found = dict(common, HOME=self.home, TMPDIR=self.home, COMMANDS=self.commands)
         found.update(NEW_UID=str(user), NEW_GID=str(group))
@@ -138,7 +147,9 @@ class Run:
             self.faults += wrong + self.leaks()
 
     def tracer(self):
-        """The words that have strace note all command lines in a file, where there is a secret, and strace."""
+        """The words that have strace note all command lines in a file, where there is a secret, and
+        strace.
+        """
         if any(SECRET.encode() in file.content for file in self.case.before.values()):
             return [word.replace('TRACE', self.trace) for word in strace()]
         return []
@@ -180,7 +191,9 @@ def strace():
 
 
 def verdict(case, program, strict, environment=None):
-    """Run one case; return the differences, none if it passed, and the usage that was printed, if any."""
+    """Run one case; return the differences, none if it passed, and the usage that was printed, if
+    any.
+    """
     run = Run(case, program, environment or {})
     did, usage = compare.with_placeholders(run.did, strict)
     faults = list(run.faults)
@@ -206,7 +219,9 @@ def waits(case):
 
 
 class Runner:
-    """All cases for all programs: those that wait side by side, beside those that take the processor."""
+    """All cases for all programs: those that wait side by side, beside those that take the
+    processor.
+    """
 
     def __init__(self, found, common, programs, strict, environment=None):
         self.cases, self.common, self.programs = found, common, programs
@@ -257,7 +272,9 @@ class Runner:
                 self.tell(program, name, 'The usage, which cases/values has as {usage}.', found)
 
     def other_usages(self, *programs):
-        """What programs print as their usage, if it is another one: once, with a case in which they do."""
+        """What programs print as their usage, if it is another one: once, with a case in which they
+        do.
+        """
         for program in programs or self.programs:
             for usage, name in self.usages[program].items():
                 if usage != self.common.usage:
@@ -284,7 +301,7 @@ def main():
         found, common = cases.find(options.only)
     except sandbox.Refused as reason:
         print('nothing was run: %s' % reason)
-        sys.exit(3)
+        sys.exit(NOTHING)
     except cases.BadCase as error:
         print('the cases are not in order: %s' % error)
         sys.exit(2)
@@ -297,6 +314,8 @@ def main():
     if skipped:
         print('%d skipped: %s' % (len(skipped) * len(options.programs), impossible(skipped[0])))
     print('%d passed, %d failed' % (runner.passed, runner.failed))
+    if not runner.done:
+        sys.exit(NOTHING)
     sys.exit(1 if runner.failed else 0)
 
 

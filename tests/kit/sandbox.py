@@ -1,9 +1,11 @@
-"""Where programs under test run: in namespaces in which nothing of this machine can be changed or reached.
+"""Where programs under test run: in namespaces in which nothing of this machine can be changed or
+reached.
 
-`enter` moves this process, and so all that it starts, to a network without a link, a hostname of its own, and mounts
-that are read-only, but for a new tmpfs for temporary files. Where a machine refuses that, nothing is run.
-`start` is the one function that starts a program: with the stubs first on PATH and base URLs on loopback; if it is
-given a root, with the folders of that in the place of the machine's.
+`enter` moves this process, and so all that it starts, to a network without a link, a hostname of
+its own, and mounts that are read-only, but for a new tmpfs for temporary files. Where a machine
+refuses that, nothing is run. `start` is the one function that starts a program: with the stubs
+first on PATH and base URLs on loopback; if it is given a root, with the folders of that in the
+place of the machine's.
 """
 
 import contextlib
@@ -59,7 +61,8 @@ def enter():
         write_map('setgroups', 'deny')
         write_map('uid_map', '0 %d 1' % user)
         write_map('gid_map', '0 %d 1' % group)
-    mount(None, '/', RECURSIVE | PRIVATE)
+    for path in set(mounts()):
+        mount(None, path, PRIVATE)
     if '/' not in mounts():  # in a chroot: what is no mount cannot be made read-only
         mount('/', '/sys', BIND | RECURSIVE)
         os.chroot('/sys')
@@ -104,7 +107,9 @@ def protect():
     with contextlib.suppress(Refused):
         mount(HOSTNAME, HOSTNAME, BIND)  # which is that of the namespace
     for path in set(mounts()) - {HOSTNAME}:
-        with contextlib.suppress(OSError, Refused):  # what is hidden or gone; the rest is seen below
+        with contextlib.suppress(
+            OSError, Refused
+        ):  # what is hidden or gone; the rest is seen below
             mount(None, path, REMOUNT | BIND | READ_ONLY | flags_of(path))
     for path in mounts():
         if path != HOSTNAME and is_writable(path):
@@ -146,7 +151,8 @@ def lo_up():
 
 
 def start(words, urls, environment, root=None, without_network=False, **options):
-    """Start a program: its words, base URLs of the WireServer and IMDS, and its environment but for these and the stubs.
+    """Start a program: its words, base URLs of the WireServer and IMDS, and its environment but for
+    these and the stubs.
 
     PATH is this process's, where the environment has none. Options are those of subprocess.Popen.
     """
@@ -181,7 +187,9 @@ def check(urls, environment):
 
 
 def path_without(missing, path, folder):
-    """Fill a folder with links to all commands of a path but those that are to be missing; return it."""
+    """Fill a folder with links to all commands of a path but those that are to be missing; return
+    it.
+    """
     os.mkdir(folder)
     linked = set(missing)
     for each in filter(os.path.isdir, path.split(':')):

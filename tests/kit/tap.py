@@ -8,7 +8,10 @@ class Skipped(Exception):
 
 
 def tell(what, check, *arguments):
-    """Run a check of what it is to show, and print its line; return whether it passed or was skipped."""
+    """Run a check of what it is to show, and print its line; return whether it passed or was
+    skipped.
+    """
+    what = ' '.join(what.split())  # on one line
     try:
         check(*arguments)
     except Skipped as reason:

@@ -1,4 +1,5 @@
-"""The notation of the cases: quotes, placeholders, repetitions. Bytes that are no UTF-8 are kept (surrogateescape).
+"""The notation of the cases: quotes, placeholders, repetitions. Bytes that are no UTF-8 are kept
+(surrogateescape).
 
 {name}          the value of that name; one that nobody has stays as it is
 {a*63}          63 times what is before the star

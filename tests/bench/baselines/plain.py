@@ -1,10 +1,10 @@
-# What a sample does: two requests, no retry, no check; the yardstick for azure-provisioning.py.
+# What a sample does: two requests, no retry, no check; the baseline for azure-provisioning.py.
 import http.client
 import os
 import xml.etree.ElementTree
 
 HOST = os.environ['AZURE_PROVISIONING_WIRESERVER'].replace('http://', '')
-HEADERS = {'x-ms-version': '2012-11-30', 'x-ms-agent-name': 'yardstick'}
+HEADERS = {'x-ms-version': '2012-11-30', 'x-ms-agent-name': 'baseline'}
 
 
 def ask(method, path, body=None, **headers):

@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""Print every reason for trouble that a script can give, a line each: python3 tests/trouble.py SCRIPT
+"""Print every reason for a failure that a script can give, a line each: python3
+tests/checks/reasons.py SCRIPT
 
-They are read from its source: in shell what is given to `reason=`, `complain` and `misused`, in Python to `need`,
-`Failed` and the like. What varies is written `…`. project.bats holds the README's table against them.
+They are read from its source: in shell what is given to `reason=`, `complain` and `misused`, in
+Python to `need`, `Failed` and the like. What varies is written `…`. project.bats holds the README's
+table against them.
 """
 
 import ast

@@ -180,12 +180,10 @@ def as_text(printed):
 @functools.lru_cache(maxsize=None)
 def strace():
     """How to trace command lines into TRACE, by a real try; nothing, where it cannot be had."""
-    for options in (['--seccomp-bpf'], []):
-        words = ['strace', '-f', '-qq', *options, '-e', 'trace=execve', '-s', '9999', '-o']
-        if (
-            shutil.which('strace')
-            and subprocess.call(words + ['/dev/null', 'true'], stderr=subprocess.DEVNULL) == 0
-        ):
+    program = shutil.which('strace')
+    for options in (['--seccomp-bpf'], []) if program else ():
+        words = [program, '-f', '-qq', *options, '-e', 'trace=execve', '-s', '9999', '-o']
+        if subprocess.call(words + ['/dev/null', 'true'], stderr=subprocess.DEVNULL) == 0:
             return words + ['TRACE']
     return []
 

@@ -136,13 +136,10 @@ class Fleet(Host):
             if endpoint == 'goalstate':
                 self.incarnations[agent] += 1
                 return Answer('body', self.goal_state(agent))
-            if endpoint in (
-                'computerName',
-                'name',
-            ):  # five resets in a row bring an agent to the latter
+            if endpoint in ('computerName', 'name'):  # to the latter after five resets in a row
                 return Answer('body', b'vm-%d' % agent)
-            good = re.findall(b'>([^<>]+)<', self.goal_state(agent)) + [b'Ready']
-            if re.findall(b'>([^<>]+)<', request.body) != good:
+            wanted = re.findall(b'>([^<>]+)<', self.goal_state(agent)) + [b'Ready']
+            if re.findall(b'>([^<>]+)<', request.body) != wanted:
                 return refusal('410 Gone')
             self.ready[agent].append(request.time)
             return good()['health'][0]

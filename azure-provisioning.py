@@ -1,450 +1,1002 @@
 #!/usr/bin/python3 -IS
-# The provisioning agent in one file; azure-provisioning.sh is the same program in shell, function by function.
-# Needs Python 3.6, its standard library. Sources: https://learn.microsoft.com/azure/virtual-machines/, the pages
-# linux/no-agent and linux/provisioning for the protocol, instance-metadata-service for IMDS.
-"""usage: azure-provisioning [-h | --help | --version | -n | --dry-run] [STEP]...
-  ready      tell Azure that this Linux VM is Ready: a health report to the WireServer, for the goal state it gives
-  hostname   set the hostname the user asked for, from IMDS, the Instance Metadata Service
-  disable    disable azure-provisioning.service, so that it runs on the first boot only
-  user       create the admin user that IMDS names, with its SSH keys, and with sudo or doas without a password
-  password   set the password of that user, from the DVD, and whether sshd takes passwords
-  data       write userData, from IMDS, and customData, from the DVD, to /var/lib/azure-provisioning, for root alone
-  publish    renew the DHCP lease, so that the DNS of Azure learns the hostname
-  remember   record the id of this VM, on which a run that names this step does nothing from then on
-Without STEP: ready hostname disable. Steps run in the order given; the first that fails ends the run, and Azure is told
-NotReady if ready was still to come. With -n or --dry-run, what would be done is said and not done. Progress goes to
-stdout, trouble to stderr. Exit status: 0 every step done, 1 a step failed, 2 usage.
-Settings, from the environment, and their defaults:
-  AZURE_PROVISIONING_WIRESERVER  base URL of the WireServer (http://168.63.129.16)
-  AZURE_PROVISIONING_IMDS        base URL of IMDS (http://169.254.169.254)
-  AZURE_PROVISIONING_ATTEMPTS    attempts a step makes before it gives up, from 1 (240)
-  AZURE_PROVISIONING_INTERVAL    longest wait between two attempts, in seconds, from 0 (5)
-  AZURE_PROVISIONING_TIMEOUT     time for one exchange, in seconds, from 1 (30)"""
-import os, signal, sys
-os.umask(0o077)
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # end without a traceback
-if __name__ == '__main__' and not sys.flags.isolated:  # import nothing from this folder or PYTHONPATH
-    os.execv(sys.executable, [sys.executable, '-IS', *sys.argv])
-sys.modules['ssl'] = None  # http.client imports it if it can: a quarter of the memory, for nothing
-import binascii, collections, contextlib, http.client, re, socket, time
-from xml.parsers import expat
+# azure-provisioning.py: the provisioning agent in one file.
+# azure-provisioning.sh is the same program in shell, with the same sections and functions.
+#
+# Arguments, settings and exit statuses: see USAGE. Errors: a step that fails says so on stderr.
+# Needs Python 3.6 and its standard library; -IS ignores the modules of environment and site.
+# Sources, below https://learn.microsoft.com/azure/virtual-machines/: linux/no-agent and
+# linux/provisioning (WireServer, DVD), instance-metadata-service (IMDS).
+"""Provision a Linux VM on Azure, once, on its first boot."""
+
+import base64
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import types
+from xml.etree import ElementTree
+
+sys.modules['ssl'] = None  # http.client does without; ssl would take a quarter of all memory
+import http.client  # noqa: E402 - behind the line above
 
 VERSION = '1.0.0'
-WIRESERVER = os.environ.get('AZURE_PROVISIONING_WIRESERVER', 'http://168.63.129.16')
-IMDS = os.environ.get('AZURE_PROVISIONING_IMDS', 'http://169.254.169.254')
-ATTEMPTS = os.environ.get('AZURE_PROVISIONING_ATTEMPTS', '240')
-INTERVAL = os.environ.get('AZURE_PROVISIONING_INTERVAL', '5')
-TIMEOUT = os.environ.get('AZURE_PROVISIONING_TIMEOUT', '30')
-DRY_RUN = {'-n', '--dry-run'} & set(sys.argv)
-BODY_LIMIT = 65536  # bytes
-DATA_LIMIT = 122880  # bytes, of what has 64 KiB in base64 in it
-STATE = '/var/lib/azure-provisioning'
-OVF = '/Environment/ProvisioningSection/LinuxProvisioningConfigurationSet'
-AGENT = {'x-ms-version': '2012-11-30', 'x-ms-agent-name': 'custom-provisioning'}
-SPACE = ' \t\n\r'  # XML's white space
-CONTROL = '\0-\37\177'
-PATHS = ('/GoalState/Incarnation', '/GoalState/Container/ContainerId',
-         '/GoalState/Container/RoleInstanceList/RoleInstance/InstanceId', OVF + '/UserName', OVF + '/UserPassword',
-         OVF + '/DisableSshPasswordAuthentication', OVF + '/CustomData')
-ID = '[!#-%(-;=?-~]+'  # what an id is made of: visible ASCII, but for < > & " and '
-KEY = ('(ssh-rsa AAAAB3Nz|ssh-ed25519 AAAAC3Nz|ecdsa-sha2-nistp(256|384|521) AAAAE2Vj|sk-ssh-ed25519@openssh.com '
-       'AAAAGnNr|sk-ecdsa-sha2-nistp256@openssh.com AAAAInNr)[A-Za-z0-9+/=]*( [^%s]*)?') % CONTROL
-BASE64 = '([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{4}|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=|[A-Za-z0-9+/][AQgw]==)'
 
-class Failed(Exception):
-    """A step, or an attempt at it, came to nothing; says why."""
-    final = False  # True: another attempt would fail too
+USAGE = """\
+usage: azure-provisioning [-n | --dry-run] [STEP]...
+       azure-provisioning -h | --help | --version
 
-def need(done, reason):
-    if not done:
-        raise Failed(reason)
+Provision this Linux VM on Azure. The steps run in the order given; without any
+it is: ready hostname disable. The first step that fails ends the run. If ready
+was still to come then, Azure is told NotReady, with the reason.
 
-def say(*lines, file=None):
-    try:
-        print(*lines, sep='\n', file=file, flush=True)
-    except (OSError, UnicodeError):
-        pass  # the VM is Ready whether or not somebody listens
-    return True
+steps:
+  ready     report to Azure that this VM is Ready
+  hostname  set the hostname that the user chose
+  disable   disable azure-provisioning.service: it runs on the first boot only
+  user      create the admin user, with its SSH keys and with sudo or doas
+  password  set the password of that user, and have sshd take passwords or not
+  data      save user data and custom data in /var/lib/azure-provisioning
+  publish   renew the DHCP lease, so that the DNS of Azure learns the hostname
+  remember  save the id of this VM: later runs of a command with it do nothing
 
-def did(line):
-    return DRY_RUN or say(line)
+options:
+  -n, --dry-run  print what would be changed, and change nothing
+  -h, --help     print this text
+  --version      print the version
+
+settings, from the environment, with their defaults:
+  AZURE_PROVISIONING_WIRESERVER  base URL of the WireServer: http://168.63.129.16
+  AZURE_PROVISIONING_IMDS        base URL of the metadata service (IMDS):
+                                 http://169.254.169.254
+  AZURE_PROVISIONING_ATTEMPTS    attempts at each request, at least 1: 240
+  AZURE_PROVISIONING_INTERVAL    longest wait between two attempts, in seconds: 5
+  AZURE_PROVISIONING_TIMEOUT     time limit of a request, in seconds: 30
+
+Progress goes to stdout, failures go to stderr.
+exit status: 0 all steps are done, 1 a step failed, 2 wrong usage"""
+
+settings = types.SimpleNamespace(
+    wireserver='http://168.63.129.16',
+    imds='http://169.254.169.254',
+    attempts=240,
+    interval=5,  # seconds
+    timeout=30,  # seconds
+    dry_run=False,
+)
+
+BODY_LIMIT = 65536  # bytes of a reply's body
+SPACE = ' \t\r\n'  # white space, as XML has it
+MARKUP = '\1'  # a character that neither XML nor any value may hold
+
+
+# ---- Messages and failures ---------------------------------------------------------------------
+
+
+def say(*lines):
+    """Print lines to stdout."""
+    print_lines(sys.stdout, lines)
+
 
 def complain(*lines):
-    say(*lines, file=sys.stderr or open(os.devnull, 'w'))  # None: closed
+    """Print lines to stderr."""
+    print_lines(sys.stderr, lines)
 
-def misused(message):
-    complain('azure-provisioning: ' + message, __doc__)
-    os._exit(2)
 
-def call(*command, line=None):
-    """Whether there is such a command and it succeeds. The line is for its stdin, where nobody sees it."""
-    if line is None:
-        return os.spawnvp(os.P_WAIT, command[0], command) == 0
-    import subprocess  # not for the three default steps: it is slow to load
+def print_lines(stream, lines):
+    """Print lines. The VM is provisioned whether or not somebody reads them."""
+    if stream is not None:  # None: it is closed
+        with contextlib.suppress(OSError, UnicodeError):
+            print(*lines, sep='\n', file=stream, flush=True)
+
+
+class Failed(Exception):
+    """A step, or an attempt at a request, failed. The text is the reason, for a line on stderr.
+
+    status: the HTTP status of the reply, if that is the reason.
+    absent: whether IMDS said that it has no such value.
+    last_attempt: what to add in a report to Azure: why the last attempt failed.
+    """
+
+    def __init__(self, reason, status=0, last_attempt=''):
+        super().__init__(reason)
+        self.status = status
+        self.absent = False
+        self.last_attempt = last_attempt
+
+
+def leave(status):
+    """End the program. A plain exit would change the status if the output could not be written."""
+    os._exit(status)
+
+
+def usage_error(message):
+    """Say what is wrong with the command line or a setting, and end the program."""
+    complain(f'azure-provisioning: {message}', USAGE)
+    leave(2)
+
+
+# ---- The run -----------------------------------------------------------------------------------
+
+
+def main(arguments):
+    """Provision the VM; return the exit status."""
+    os.umask(0o077)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # end without a traceback
+    steps = parse_arguments(arguments) or ['ready', 'hostname', 'disable']
+    read_settings()
+    if 'remember' in steps and is_remembered():
+        return 0
+    return run_steps(steps)
+
+
+def find_step(name):
+    """Return the function of a step, or None. This is the table of all steps."""
+    return {
+        'ready': report_ready,
+        'hostname': set_hostname,
+        'disable': disable_unit,
+        'user': create_user,
+        'password': set_password,
+        'data': save_data,
+        'publish': publish_hostname,
+        'remember': remember_vm,
+    }.get(name)
+
+
+def parse_arguments(arguments):
+    """Return the steps that are named. The first argument that is no step and no -n decides."""
+    steps = []
+    for argument in arguments:
+        if argument in ('-n', '--dry-run'):
+            settings.dry_run = True
+        elif argument in ('-h', '--help'):
+            say(USAGE)
+            leave(0)
+        elif argument == '--version':
+            say(f'azure-provisioning {VERSION}')
+            leave(0)
+        elif find_step(argument):
+            steps.append(argument)
+        else:
+            usage_error(f'unknown step or option: {argument}')
+    return steps
+
+
+def read_settings():
+    """Read the settings from the environment, and check them."""
+    settings.wireserver = read_url('AZURE_PROVISIONING_WIRESERVER', settings.wireserver)
+    settings.imds = read_url('AZURE_PROVISIONING_IMDS', settings.imds)
+    settings.attempts = read_number('AZURE_PROVISIONING_ATTEMPTS', settings.attempts, 1)
+    settings.interval = read_number('AZURE_PROVISIONING_INTERVAL', settings.interval, 0)
+    settings.timeout = read_number('AZURE_PROVISIONING_TIMEOUT', settings.timeout, 1)
+
+
+def read_url(name, default):
+    """Return a base URL, http://HOST[:PORT][/PATH], without a '/' at its end."""
+    url = os.environ.get(name, default)
+    host, port, path = '[A-Za-z0-9._~-]+', '[1-9][0-9]{0,4}', '(/[A-Za-z0-9._~:-]+)*/?'
+    if not re.fullmatch(f'http://{host}(:{port})?{path}', url):
+        usage_error(f'bad {name}')
+    return url.rstrip('/')
+
+
+def read_number(name, default, least):
+    """Return a whole number of up to six digits, without leading zeros."""
+    number = os.environ.get(name, str(default))
+    if not re.fullmatch('0|[1-9][0-9]{0,5}', number) or int(number) < least:
+        usage_error(f'bad {name}')
+    return int(number)
+
+
+def run_steps(steps):
+    """Run the steps until one fails; return the exit status."""
+    for number, step in enumerate(steps):
+        try:
+            run_step(step)
+        except Failed as failure:
+            reason = f'{step}: {failure}'
+            complain(reason)
+            if 'ready' in steps[number + 1 :] and 'ready' not in steps[: number + 1]:
+                report_not_ready(reason + failure.last_attempt)
+            return 1
+    return 0
+
+
+def run_step(step):
+    """Run a step. Raise Failed, and nothing else, if it cannot be done."""
     try:
-        return subprocess.run(command, input=line.encode('latin-1') + b'\n').returncode == 0
+        find_step(step)()
+    except Failed:
+        raise
+    except Exception as error:  # an error that nobody foresaw: it must not keep Azure waiting
+        raise Failed(f'{type(error).__name__}: {error}') from error
+
+
+# ---- Commands and files ------------------------------------------------------------------------
+
+
+def has_command(name):
+    """Whether there is such a program on PATH."""
+    return any(os.access(f'{folder}/{name}', os.X_OK) for folder in os.get_exec_path())
+
+
+def run(*command, line=None):
+    """Run a command that changes the system; return whether it is there and succeeds.
+
+    A dry run prints it instead. The line, which may be secret, goes to the command's stdin.
+    """
+    if not settings.dry_run:
+        return succeeds(*command, line=line)
+    if has_command(command[0]):
+        say(f'Would run: {" ".join(command)}')
+    return has_command(command[0])
+
+
+def succeeds(*command, line=None):
+    """Run a command, in a dry run, too; return whether it is there and succeeds."""
+    stdin = None if line is None else line.encode('latin-1') + b'\n'
+    try:
+        return subprocess.run(command, input=stdin).returncode == 0
     except OSError:
         return False
 
-def run(*command, line=None):
-    if not DRY_RUN:
-        return call(*command, line=line)
-    return call('sh', '-c', 'command -v "$0" >/dev/null', command[0]) and say('Would run: ' + ' '.join(command))
 
-def contents(path, limit=-1):
-    """The bytes of a file, as text; none where there is none, or it may not be read."""
-    if not (os.path.isfile(path) and os.access(path, os.R_OK)):
-        return ''
-    with open(path, encoding='latin-1', newline='') as file:
-        return file.read(limit)
+def say_done(line):
+    """Print what has been changed; in a dry run, nothing has."""
+    if not settings.dry_run:
+        say(line)
 
-def put(path, mode, owner, text):
-    """Replace the file atomically. Raises Failed."""
-    if DRY_RUN:
-        return say('Would write ' + path)
+
+def write_file(path, mode, content, owner=None):
+    """Replace a file, or make a new one, in one step: whoever reads it finds all of it.
+
+    The owner is a pair of numbers; without one, it is root. Raise Failed if that is impossible.
+    """
+    if settings.dry_run:
+        say(f'Would write {path}')
+        return
+    new = f'{path}.new'
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        call('rm', '-f', path + '.new')
-        with open(path + '.new', 'xb') as file:
-            file.write(text.encode('latin-1'))
+        remove_file(new)
+        with open(new, 'xb') as file:
+            file.write(content)
+        os.chmod(new, mode)
         if owner:
-            os.chown(path + '.new', *map(int, owner.split(':')), follow_symlinks=False)
-        os.chmod(path + '.new', mode)
-        os.replace(path + '.new', path)
+            os.chown(new, *owner, follow_symlinks=False)
+        os.replace(new, path)
     except OSError:
-        os.path.lexists(path + '.new') and call('rm', '-f', path + '.new')
-        raise Failed('cannot write ' + path)
+        with contextlib.suppress(OSError):
+            remove_file(new)
+        raise Failed(f'cannot write {path}') from None
 
-def check_url(name, url):
-    if not re.fullmatch('http://[A-Za-z0-9._~-]+(:[1-9][0-9]{0,4})?(/[A-Za-z0-9._~:-]+)*/?', url):
-        misused('bad ' + name)
 
-def check_number(name, number, least):
-    if not re.fullmatch('0|[1-9][0-9]{0,5}', number) or int(number) < least:
-        misused('bad ' + name)
+def remove_file(path):
+    """Remove a file, or a symlink, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
 
-def exchange(label, url, data, headers):
-    """POST the data, or GET without; return the status and the body of a good reply, or raise Failed."""
-    def time_out(signum, frame):
-        raise Failed('timed out')
-    signal.signal(signal.SIGALRM, time_out)
-    signal.setitimer(signal.ITIMER_REAL, int(TIMEOUT))  # a socket's own timeout begins anew with every byte
+
+# ---- HTTP --------------------------------------------------------------------------------------
+
+
+def exchange(label, url, headers, data=None, limit=BODY_LIMIT):
+    """Send a request, a POST if there are data, else a GET; return the reply's status and body.
+
+    A GET wants status 200, a POST any 2xx. The body has at most so many bytes as the limit says.
+    All of it takes TIMEOUT seconds at most. Raise Failed, with the label and the reason.
+    """
+    reply = types.SimpleNamespace(status=0, body=b'', problem='timed out', socket=None)
+    # A thread, as a socket's timeout bounds neither the lookup of a name nor a server that sends a
+    # byte now and then.
+    thread = threading.Thread(target=transfer, args=(url, headers, data, limit, reply), daemon=True)
+    thread.start()
+    thread.join(settings.timeout)
+    hang_up(reply.socket)
+    # A bad status is the reason for the failure, whatever came behind it.
+    if reply.status and reply.status != 200 and not (data and 200 <= reply.status < 300):
+        raise Failed(f'{label}: HTTP {reply.status}', reply.status)
+    if reply.problem:
+        raise Failed(f'{label}: {reply.problem}')
+    return reply.status, reply.body
+
+
+def hang_up(connected_socket):
+    """End what a thread still sends or receives, so that the thread ends, too."""
+    if connected_socket:
+        with contextlib.suppress(OSError):
+            connected_socket.shutdown(socket.SHUT_RDWR)
+
+
+def transfer(url, headers, data, limit, reply):
+    """Do an exchange with http.client, which uses no proxy and follows no redirect.
+
+    Set reply.socket, status and body as soon as they are known, and problem, '' if all is well.
+    """
+    host, path = re.fullmatch('http://([^/]*)(/.*)', url).groups()
+    headers = {
+        **headers,
+        'User-Agent': f'azure-provisioning/{VERSION}',
+        'Accept': '*/*',
+        'Accept-Encoding': 'identity',
+        'Connection': 'close',
+    }
     try:
-        return transfer(url, data, DATA_LIMIT if label == 'userData' else BODY_LIMIT, {
-            **headers, 'User-Agent': 'azure-provisioning/' + VERSION, 'Accept': '*/*',
-            'Accept-Encoding': 'identity', 'Connection': 'close'})
-    except Failed as failure:
-        reason = str(failure)
+        connection = http.client.HTTPConnection(host, timeout=settings.timeout)
+        connection.response_class = StrictResponse
+        with contextlib.closing(connection):
+            connection.connect()
+            reply.socket = connection.sock
+            connection.request('POST' if data else 'GET', path, data, headers)
+            response = connection.getresponse()
+            reply.status = response.status
+            reply.problem = read_body(response, limit, reply)
+    except socket.timeout:
+        reply.problem = 'timed out'
     except (OSError, OverflowError, UnicodeError):  # the last two: no such port, no such name
-        reason = 'no connection'
+        reply.problem = 'broken reply' if reply.status else 'no connection'
     except (http.client.HTTPException, ValueError):
-        reason = 'broken reply'
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    raise Failed('%s: %s' % (label, reason))
+        reply.problem = 'broken reply'
 
-def transfer(url, data, limit, headers):
-    """Have http.client do it, which follows no redirect and obeys no proxy."""
-    host, path = re.fullmatch('http://([^/]*)(.*)', url).groups()
-    with contextlib.closing(http.client.HTTPConnection(host, timeout=int(TIMEOUT))) as connection:
-        connection.request('POST' if data else 'GET', path, data or None, headers)
-        response = connection.getresponse()
-        need(response.status == 200 or data and 200 <= response.status < 300, 'HTTP %d' % response.status)
-        need(int(response.getheader('Content-Length', 0)) <= limit, 'reply too large')
-        try:
-            body = response.read(limit + 1)
-        except OSError:
-            raise Failed('broken reply')
-        need(not response.length, 'broken reply')  # something is still to come
-        need(len(body) <= limit, 'reply too large')
-        return response.status, b'\\0' if b'\0' in body else body  # no shell holds a NUL
 
-def retry(step, attempts, command, *arguments):
-    """Call the command until it does not raise Failed; return what it returns."""
+def read_body(response, limit, reply):
+    """Set reply.body to the body of a response; return what is wrong with it, or ''."""
+    lengths = set(response.headers.get_all('Content-Length', []))
+    if len(lengths) > 1 or not all(re.fullmatch('[0-9]+', length) for length in lengths):
+        return 'broken reply'
+    if any(int(length) > limit for length in lengths):
+        return 'reply too large'
+    body = response.read(limit + 1)
+    if response.length:  # so many bytes are missing
+        return 'broken reply'
+    if len(body) > limit:
+        return 'reply too large'
+    # A shell cannot hold a NUL byte. The same here: make the body one that is never taken.
+    reply.body = rb'\0' if b'\0' in body else body
+    return ''
+
+
+class StrictResponse(http.client.HTTPResponse):
+    """A response whose chunk sizes are hexadecimal digits; int() also takes 0x10, +5 and 1_0."""
+
+    def _read_next_chunk_size(self):
+        line = self.fp.readline(1000)
+        size = re.match(b'[0-9A-Fa-f]+(?=[ \t\r\n;])', line)
+        if not size:
+            raise ValueError('no chunk size')
+        return int(size.group(), 16)
+
+
+# ---- Attempts ----------------------------------------------------------------------------------
+
+
+def retry(step, attempts, command, *arguments, optional=False):
+    """Call the command until it does not raise Failed; return its result. Raise Failed in the end.
+
+    The waits between attempts are 1 second, 2, 3 and so on, up to INTERVAL.
+    Of an optional value, IMDS may say that it has none; it also says so for a moment while it
+    starts. Return '' when it has said so five times, or as often as there are attempts.
+    """
+    absent = 0
     for attempt in range(1, attempts + 1):
         try:
             return command(*arguments)
         except Failed as failure:
-            complain('%s: attempt %d of %d: %s' % (step, attempt, attempts, failure))
-            if failure.final or attempt == attempts:
-                raise Failed('gave up after %d attempts' % attempt) from failure
-        time.sleep(min(attempt, int(INTERVAL)))
+            complain(f'{step}: attempt {attempt} of {attempts}: {failure}')
+            last = failure
+        if optional and last.absent:
+            absent += 1
+            if absent == min(5, attempts):
+                return ''
+        if attempt < attempts:
+            time.sleep(min(attempt, settings.interval))
+    raise Failed(f'gave up after {attempts} attempts', last_attempt=f': {last}')
 
-def trim(text):
-    return ' '.join(re.findall('[^%s]+' % SPACE, text))
 
-def parse(root, document, reason):
-    """Return the texts at PATHS, each of the first element there, as written. Raises Failed, for the reason."""
-    path, pieces, texts = '', [], collections.defaultdict(str)
-    def tag(name, attributes=None):
-        nonlocal path
-        local = name.rpartition(':')[2]  # without a prefix
-        if attributes is not None:  # a start tag goes down into its element, an end tag takes the text and goes up
-            need(path or local == root, reason)
-            path, pieces[:] = path + '/' + local, []
-        else:
-            path in PATHS and texts.setdefault(path, ''.join(pieces))
-            path, pieces[:] = path.rpartition('/')[0], '<'  # '<' spoils a value with an element inside
-    parser = expat.ParserCreate('utf-8')
-    parser.StartElementHandler = parser.EndElementHandler = tag
-    parser.DefaultHandler = pieces.append  # text, with its entities
-    parser.CommentHandler = parser.ProcessingInstructionHandler = lambda *_: pieces.append('<')  # or a comment
-    parser.StartDoctypeDeclHandler = parser.StartCdataSectionHandler = lambda *_: need(False, reason)
-    try:
-        parser.Parse(document, True)
-    except (ValueError, expat.ExpatError):
-        raise Failed(reason)
-    return texts
+# ---- Step ready: the goal state and the health report ------------------------------------------
 
-def goal_state():
-    """Return the incarnation, the container's id and the instance's id of the goal state of now."""
-    _, body = exchange('goal state', WIRESERVER.rstrip('/') + '/machine?comp=goalstate', None, AGENT)
-    texts = parse('GoalState', body, 'goal state: not a goal state')
-    values = [trim(texts[path]) for path in PATHS[:3]]
-    for what, value, pattern in zip(('Incarnation', 'ContainerId', 'InstanceId'), values, ('[0-9]+', ID, ID)):
-        need(re.fullmatch(pattern, value), 'goal state: no ' + what)
-    say('ContainerId: ' + values[1], 'InstanceId: ' + values[2], 'Incarnation: ' + values[0])
-    return values
 
-def health_report(state, details):
-    """Report the state for the goal state just read: the WireServer refuses an earlier incarnation."""
-    report = ('<Health><GoalStateIncarnation>%s</GoalStateIncarnation><Container><ContainerId>%s</ContainerId>'
-              '<RoleInstanceList><Role><InstanceId>%s</InstanceId><Health><State>%s</State>%s</Health></Role>'
-              '</RoleInstanceList></Container></Health>') % (*goal_state(), state, details)
-    if DRY_RUN:
-        return say('Would send the following data to Wireserver:', report)
-    say('Sending the following data to Wireserver:', report)
-    status, _ = exchange('health report', WIRESERVER.rstrip('/') + '/machine?comp=health', report.encode(),
-                         {**AGENT, 'Content-Type': 'text/xml;charset=utf-8'})
-    say('Response: %d' % status)
+WIRESERVER_HEADERS = {'x-ms-version': '2012-11-30', 'x-ms-agent-name': 'custom-provisioning'}
 
-def ready():
+
+def report_ready():
+    """Report to the WireServer that this VM is Ready."""
     say('Retrieving goal state from the Wireserver')
-    retry('ready', int(ATTEMPTS), health_report, 'Ready', '')
+    retry('ready', settings.attempts, report_health, 'Ready', '')
 
-def not_ready(reason):
-    """Tell Azure that this VM will not be Ready, so that nobody waits for it."""
-    description = 'result=error|reason=%s|agent=azure-provisioning/%s|vm_id=%s|timestamp=%s' % (
-        reason, VERSION, vm_id(), time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
-    say('Retrieving goal state from the Wireserver')
-    try:
-        retry('NotReady', int(ATTEMPTS), health_report, 'NotReady', '<Details><SubStatus>ProvisioningFailed</SubStatus>'
-              '<Description>%s</Description></Details>' % re.sub("[^ -%'-;=?-~]", ' ', description[:512]))
-    except Failed as failure:
-        complain('NotReady: %s' % failure)
 
-def metadata(leaf, api_version, empty=''):
-    """Ask IMDS for a leaf of compute; return its text, trimmed. Raises Failed, with empty where that is no good."""
-    label = leaf.rpartition('/')[2]
-    try:
-        _, body = exchange(label, '%s/metadata/instance/compute/%s?api-version=%s&format=text' % (
-            IMDS.rstrip('/'), leaf, api_version), None, {'Metadata': 'true'})
-    except Failed as failure:
-        failure.final = re.search(': HTTP (?!404|410|429|5..)', str(failure))
-        raise
-    value = body.decode('latin-1').strip(SPACE)
-    need(value or not empty, label + ': ' + empty)
-    return value
+def report_health(state, details):
+    """Request the goal state, and send a health report for it.
 
-def optional(step, leaf):
-    """Ask IMDS for what may not be there; return an empty text then. Raises Failed."""
-    try:
-        return retry(step, 5, metadata, leaf, '2021-02-01')
-    except Failed as failure:
-        if str(failure.__cause__).endswith(('HTTP 400', 'HTTP 404')):  # 400: an IMDS that does not know it
-            return ''
-    return retry(step, int(ATTEMPTS), metadata, leaf, '2021-02-01')
-
-def hostname():
-    say('Retrieving hostname from IMDS')
-    try:
-        value = retry('hostname', 5, metadata, 'osProfile/computerName', '2021-02-01', 'no valid hostname')
-    except Failed:
-        value = retry('hostname', int(ATTEMPTS), metadata, 'name', '2019-06-01', 'no valid hostname')
-    longest = 64 if '.' in value else 63  # Linux takes 64 in all, DNS 63 between two dots
-    need(re.fullmatch('[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?', value) and '..' not in value and
-         len(value) <= longest, 'no valid hostname')
-    say('Hostname: ' + value)
-    if not run('hostnamectl', 'set-hostname', value):
-        put('/etc/hostname', 0o644, '', value + '\n')
-        try:
-            DRY_RUN or socket.sethostname(value)
-        except OSError:
-            raise Failed("cannot set the kernel's hostname")
-
-def disable():
-    need(run('systemctl', 'disable', 'azure-provisioning.service') or run('rc-update', 'del', 'azure-provisioning'),
-         'neither systemctl nor rc-update disabled azure-provisioning')
-    did('Disabled azure-provisioning.service')
-
-def user():
-    say('Retrieving user from IMDS')
-    name = retry('user', int(ATTEMPTS), metadata, 'osProfile/adminUsername', '2021-02-01', 'no valid user name')
-    need(valid_user(name), 'no valid user name')
-    say('User: ' + name)
-    keys = ssh_keys()
-    shell = '/bin/bash' if os.access('/bin/bash', os.X_OK) else '/bin/sh'
-    account(name, '/etc/passwd') or run('useradd', '-m', '-s', shell, name) or run('adduser', '-D', '-s', shell, name)
-    if DRY_RUN and not account(name, '/etc/passwd'):
+    It is requested anew at each attempt, as the WireServer takes no report for an old incarnation.
+    """
+    incarnation, container_id, instance_id = request_goal_state()
+    report = (
+        '<Health>'
+        f'<GoalStateIncarnation>{incarnation}</GoalStateIncarnation>'
+        '<Container>'
+        f'<ContainerId>{container_id}</ContainerId>'
+        '<RoleInstanceList><Role>'
+        f'<InstanceId>{instance_id}</InstanceId>'
+        f'<Health><State>{state}</State>{details}</Health>'
+        '</Role></RoleInstanceList>'
+        '</Container>'
+        '</Health>'
+    )
+    if settings.dry_run:
+        say('Would send the following data to Wireserver:', report)
         return
-    fields = account(name, '/etc/shadow') or account(name, '/etc/passwd')
-    need(fields, 'neither useradd nor adduser made the user')
-    # with '!', sshd without PAM takes no key, either; '*' is just no password
-    need(fields[1][:1] != '!' or run('chpasswd', '-e', line=name + ':*') or run('usermod', '-p', '*', name),
-         'chpasswd failed')
-    authorize(account(name, '/etc/passwd'), keys)
-    grant(name)
+    say('Sending the following data to Wireserver:', report)
+    url = f'{settings.wireserver}/machine?comp=health'
+    headers = {**WIRESERVER_HEADERS, 'Content-Type': 'text/xml;charset=utf-8'}
+    status, _ = exchange('health report', url, headers, report.encode())
+    say(f'Response: {status}')
 
-def valid_user(name):
-    return name != 'root' and re.fullmatch('[A-Za-z_][A-Za-z0-9._-]{0,31}', name) and re.search('[a-z]', name)
 
-def account(name, path):  # the fields of one in /etc/passwd or /etc/shadow, or None
-    lines = contents(path).split('\n')
-    return next(((line + '::::').split(':') for line in lines if line.startswith(name + ':')), None)
+def request_goal_state():
+    """Return the incarnation, the container's id and the instance's id."""
+    url = f'{settings.wireserver}/machine?comp=goalstate'
+    _, body = exchange('goal state', url, WIRESERVER_HEADERS)
+    root = read_xml('GoalState', body)
+    if root is None:
+        raise Failed('goal state: not a goal state')
+    incarnation = squeeze(find_text(root, 'Incarnation'))
+    container_id = squeeze(find_text(root, 'Container/ContainerId'))
+    instance_id = squeeze(find_text(root, 'Container/RoleInstanceList/RoleInstance/InstanceId'))
+    if not is_number(incarnation):
+        raise Failed('goal state: no Incarnation')
+    if not is_id(container_id):
+        raise Failed('goal state: no ContainerId')
+    if not is_id(instance_id):
+        raise Failed('goal state: no InstanceId')
+    say(
+        f'ContainerId: {container_id}',
+        f'InstanceId: {instance_id}',
+        f'Incarnation: {incarnation}',
+    )
+    return incarnation, container_id, instance_id
 
-def ssh_keys():
-    """Return the user's keys. Raises Failed."""
+
+def read_xml(root_name, document):
+    """Return the root element of an XML document, or None if there is none of that name.
+
+    A document type definition, which could define entities, is refused.
+    """
+    if b'<!DOCTYPE' in document:
+        return None
+    try:
+        root = ElementTree.fromstring(document, ElementTree.XMLParser(encoding='utf-8'))
+    except (ElementTree.ParseError, ValueError):
+        return None
+    for element in root.iter():
+        element.tag = element.tag.rpartition('}')[2]  # {NAMESPACE}NAME
+    return root if root.tag == root_name else None
+
+
+def find_text(root, path):
+    """Return the text of the first element at a path, '' if there is none.
+
+    An element with elements inside has no text of use: MARKUP stands for it.
+    """
+    element = root.find(path)
+    if element is None:
+        return ''
+    return MARKUP if len(element) else element.text or ''
+
+
+def squeeze(text):
+    """Return a text with one space for each run of white space, and none at its ends."""
+    return ' '.join(re.findall(f'[^{SPACE}]+', text))
+
+
+def is_number(text):
+    """Whether a text is decimal digits."""
+    return re.fullmatch('[0-9]+', text) is not None
+
+
+def is_id(text):
+    """Whether a text is visible ASCII without < > & " and ', so that XML can hold it as it is."""
+    return re.fullmatch('[!-~]+', text) is not None and not re.search('[<>&"\']', text)
+
+
+# ---- Step hostname: a value from IMDS ----------------------------------------------------------
+
+
+def set_hostname():
+    """Set the hostname that the user chose, or else the name of the VM's resource."""
+    say('Retrieving hostname from IMDS')
+    computer_name = 'osProfile/computerName', '2021-02-01'
+    resource_name = 'name', '2019-06-01'
+    name = retry('hostname', settings.attempts, request_text, *computer_name, optional=True)
+    if not name:
+        name = retry('hostname', settings.attempts, request_text, *resource_name)
+    if not is_hostname(name):
+        raise Failed('no valid hostname')
+    say(f'Hostname: {name}')
+    if not run('hostnamectl', 'set-hostname', name):
+        write_file('/etc/hostname', 0o644, f'{name}\n'.encode())
+        set_kernel_hostname(name)
+
+
+def is_hostname(text):
+    """Whether a text is a hostname: Linux takes 64 characters, DNS 63 between two dots."""
+    return (
+        re.fullmatch('[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?', text) is not None
+        and '..' not in text
+        and len(text) <= (64 if '.' in text else 63)
+    )
+
+
+def set_kernel_hostname(name):
+    """Set the hostname until the next boot, which reads /etc/hostname."""
+    if not settings.dry_run:
+        try:
+            socket.sethostname(name)
+        except OSError:
+            raise Failed("cannot set the kernel's hostname") from None
+
+
+def request_leaf(leaf, api_version, limit=BODY_LIMIT):
+    """Request a value of the VM from IMDS; return its text. Raise Failed, absent if it has none.
+
+    404 is its answer then, or 400 if it is too old to know the value.
+    """
+    label = leaf.rpartition('/')[2]
+    url = f'{settings.imds}/metadata/instance/compute/{leaf}?api-version={api_version}&format=text'
+    try:
+        _, body = exchange(label, url, {'Metadata': 'true'}, limit=limit)
+    except Failed as failure:
+        failure.absent = failure.status in (400, 404)
+        raise
+    return body.decode('latin-1')
+
+
+def request_text(leaf, api_version):
+    """Request a value that is not empty from IMDS; return its text, squeezed."""
+    text = squeeze(request_leaf(leaf, api_version))
+    if not text:
+        raise Failed(f'{leaf.rpartition("/")[2]}: empty')
+    return text
+
+
+# ---- Step disable ------------------------------------------------------------------------------
+
+
+def disable_unit():
+    """Disable the service, of systemd or OpenRC, so that the next boot does not run it."""
+    if not run('systemctl', 'disable', 'azure-provisioning.service') and not run(
+        'rc-update', 'del', 'azure-provisioning'
+    ):
+        raise Failed('neither systemctl nor rc-update disabled azure-provisioning')
+    say_done('Disabled azure-provisioning.service')
+
+
+# ================================================================================================
+# The default run ends here. All that follows runs only if a step is named, or fails before ready.
+# ================================================================================================
+
+
+# ---- NotReady: a step before ready failed ------------------------------------------------------
+
+
+def report_not_ready(reason):
+    """Report to the WireServer that this VM will not be Ready: whoever creates it stops waiting."""
+    now = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
+    agent = f'azure-provisioning/{VERSION}'
+    text = f'result=error|reason={reason}|agent={agent}|vm_id={read_vm_id()}|timestamp={now}'
+    description = re.sub('[^ -~]|[&<>]', ' ', text[:512])
+    details = (
+        '<Details>'
+        '<SubStatus>ProvisioningFailed</SubStatus>'
+        f'<Description>{description}</Description>'
+        '</Details>'
+    )
+    say('Retrieving goal state from the Wireserver')
+    try:
+        retry('NotReady', settings.attempts, report_health, 'NotReady', details)
+    except Failed as failure:
+        complain(f'NotReady: {failure}')
+
+
+def read_vm_id():
+    """Return the id of this VM in lower case, or '' if the firmware does not tell one."""
+    try:
+        vm_id = read_file('/sys/class/dmi/id/product_uuid').lower()
+    except Failed:
+        return ''
+    return vm_id if re.fullmatch('[0-9a-f-]{36}', vm_id) else ''
+
+
+def read_file(path):
+    """Return the text of a file without line feeds at its end, '' if there is no such file.
+
+    The text has a character for each byte. Raise Failed if the file cannot be read.
+    """
+    if not os.path.lexists(path):
+        return ''
+    try:
+        if not os.path.isfile(path):  # opening a FIFO would take for ever
+            raise Failed(f'cannot read {path}')
+        with open(path, encoding='latin-1', newline='') as file:
+            return file.read().rstrip('\n')
+    except OSError:
+        raise Failed(f'cannot read {path}') from None
+
+
+# ---- Step user: the account, its SSH keys, sudo or doas ----------------------------------------
+
+
+# What OpenSSH writes as the beginning of a public key: its type, and the type again in base64.
+KEY_BEGINNINGS = (
+    'ssh-rsa AAAAB3Nz',
+    'ssh-ed25519 AAAAC3Nz',
+    'ecdsa-sha2-nistp256 AAAAE2Vj',
+    'ecdsa-sha2-nistp384 AAAAE2Vj',
+    'ecdsa-sha2-nistp521 AAAAE2Vj',
+    'sk-ssh-ed25519@openssh.com AAAAGnNr',
+    'sk-ecdsa-sha2-nistp256@openssh.com AAAAInNr',
+)
+
+
+def create_user():
+    """Create the admin user, unless there is one, and let it log in with its keys."""
+    say('Retrieving user from IMDS')
+    name = retry('user', settings.attempts, request_text, 'osProfile/adminUsername', '2021-02-01')
+    if not is_user_name(name):
+        raise Failed('no valid user name')
+    say(f'User: {name}')
+    keys = request_keys()
+    if not find_account(name):
+        shell = '/bin/bash' if os.access('/bin/bash', os.X_OK) else '/bin/sh'
+        if not run('useradd', '-m', '-s', shell, name):
+            run('adduser', '-D', '-s', shell, name)  # BusyBox; whether it worked is seen below
+        if settings.dry_run:
+            return
+    account = find_account(name)
+    if not account:
+        raise Failed('neither useradd nor adduser made the user')
+    unlock(account)
+    if keys:
+        authorize_keys(account, keys)
+    grant_root(name)
+
+
+def is_user_name(text):
+    """Whether a text is a user name. sudo has other uses for ALL and its like."""
+    return (
+        re.fullmatch('[A-Za-z_][A-Za-z0-9._-]{0,31}', text) is not None
+        and re.search('[a-z]', text) is not None
+        and text != 'root'
+    )
+
+
+def request_keys():
+    """Return the user's valid SSH keys. Raise Failed if nobody could log in."""
+    entries = squeeze(
+        retry('user', settings.attempts, request_leaf, 'publicKeys', '2021-02-01', optional=True)
+    )
     keys = []
-    for number, entry in enumerate(filter(None, trim(optional('user', 'publicKeys')).split(' '))):
-        need(entry in (str(number), '%d/' % number) and number < 100, 'publicKeys: no valid list')  # 0/ 1/ and so on
-        key = trim(re.sub('[\r\n]', '', optional('user', 'publicKeys/%d/keyData' % number)))  # may be broken into lines
-        if re.fullmatch(KEY, key):
-            say('SSH key: ' + key.split()[0])
+    for number, entry in enumerate(entries.split()):
+        if entry not in (f'{number}/', f'{number}') or number > 99:
+            raise Failed('publicKeys: no valid list')
+        leaf = f'publicKeys/{number}/keyData', '2021-02-01'
+        text = retry('user', settings.attempts, request_leaf, *leaf, optional=True)
+        key = squeeze(remove('\r\n', text))  # Azure may break a key into lines
+        if is_ssh_key(key):
+            say(f'SSH key: {key.split()[0]}')
             keys.append(key)
         else:
-            complain('user: publicKeys/%d: no OpenSSH public key' % number)
-    need(keys or optional('user', 'osProfile/disablePasswordAuthentication') == 'false',
-         'no valid SSH key, and no password')
+            complain(f'user: publicKeys/{number}: no OpenSSH public key')
+    if not keys:
+        leaf = 'osProfile/disablePasswordAuthentication', '2021-02-01'
+        if squeeze(retry('user', settings.attempts, request_leaf, *leaf, optional=True)) != 'false':
+            raise Failed('no valid SSH key, and no password')
     return keys
 
-def authorize(fields, keys):
-    """Let the user of an account in with the keys. Raises Failed."""
-    home, owner = os.fsdecode(fields[5].encode('latin-1')), ':'.join(fields[2:4])
-    if not keys:
-        return
-    folder, path = home + '/.ssh', home + '/.ssh/authorized_keys'
-    need(not os.path.islink(folder) and not os.path.islink(path), folder + ': a symlink is in the way')
-    need(os.path.isdir(home) or run('mkdir', '-p', home) and run('chown', owner, home), 'cannot make ' + folder)
-    need(run('mkdir', '-p', folder) and run('chown', '-h', owner, folder) and run('chmod', '700', folder) and
-         run('chmod', 'go-w', home), 'cannot make ' + folder)
-    known = contents(path).rstrip('\n')
-    known += known and '\n'
+
+def remove(characters, text):
+    """Return a text without these characters."""
+    return re.sub(f'[{characters}]', '', text)
+
+
+def is_ssh_key(text):
+    """Whether a text is an OpenSSH public key: TYPE BASE64 [COMMENT]."""
+    return (
+        text.startswith(KEY_BEGINNINGS)
+        and re.fullmatch('[A-Za-z0-9+/=]+', text.split(' ')[1]) is not None
+        and not has_control(text)
+    )
+
+
+def has_control(text):
+    """Whether a text has a control character in it."""
+    return re.search('[\0-\37\177]', text) is not None
+
+
+def find_account(name):
+    """Return a user's account, None if there is none. Raise Failed if it cannot be read.
+
+    password: the field of /etc/shadow, or of /etc/passwd if there is none.
+    owner: the numbers of the user and of its group. home: its folder.
+    """
+    fields = find_line('/etc/passwd', name)
+    if not fields:
+        return None
+    if not is_number(fields[2]) or not is_number(fields[3]):
+        raise Failed(f'/etc/passwd: no valid line for {name}')
+    return types.SimpleNamespace(
+        name=name,
+        password=(find_line('/etc/shadow', name) or fields)[1],
+        owner=(int(fields[2]), int(fields[3])),
+        home=os.fsdecode(fields[5].encode('latin-1')),
+    )
+
+
+def find_line(path, name):
+    """Return the fields of the first line of /etc/passwd or /etc/shadow for a user, or None."""
+    for line in read_file(path).split('\n'):
+        if line.startswith(f'{name}:'):
+            return f'{line}::::::'.split(':')  # at least seven
+    return None
+
+
+def unlock(account):
+    """Have the account take keys: for one locked with '!', sshd without PAM takes none.
+
+    '*' says that no password fits, and locks nothing.
+    """
+    if account.password.startswith('!'):
+        name = account.name
+        if not run('chpasswd', '-e', line=f'{name}:*') and not run('usermod', '-p', '*', name):
+            raise Failed('chpasswd failed')
+
+
+def authorize_keys(account, keys):
+    """Add the keys to the user's authorized_keys, unless they are there."""
+    folder = f'{account.home}/.ssh'
+    path = f'{folder}/authorized_keys'
+    make_ssh_folder(account, folder, path)
+    lines = read_file(path).split('\n')
+    if lines == ['']:
+        lines = []
     for key in keys:
-        if not re.search('(?m)^%s( |$)' % re.escape(' '.join(key.split(' ')[:2])), known):
-            known += key + '\n'
-    put(path, 0o600, owner, known)
+        key_itself = ' '.join(key.split(' ')[:2])  # without the comment
+        if not any(f'{line} '.startswith(f'{key_itself} ') for line in lines):
+            lines.append(key)
+    content = ''.join(f'{line}\n' for line in lines).encode('latin-1')
+    write_file(path, 0o600, content, account.owner)
 
-def grant(name):
-    """Give the user sudo or doas, without a password. Raises Failed."""
-    doas = '/etc/doas.d/azure-provisioning.conf' if os.path.isdir('/etc/doas.d') else '/etc/doas.conf'
-    rule, permit = name + ' ALL=(ALL:ALL) NOPASSWD:ALL', 'permit nopass ' + name
-    others = '\n'.join(line for line in contents(doas).split('\n') if line != permit).rstrip('\n')
-    rules = others + '\n' + permit if others else permit
-    if run('visudo', '-q', '-c', '-f', '-', line=rule):
-        put('/etc/sudoers.d/azure-provisioning', 0o440, '', rule + '\n')
-    elif run('doas', '-C', '/dev/stdin', line=rules):
-        put(doas, 0o440, '', rules + '\n')
+
+def make_ssh_folder(account, folder, path):
+    """Make what is missing of the home and the folder of the keys, as sshd wants them.
+
+    Symlinks are refused: the user could have made them, and this is root.
+    """
+    if os.path.islink(folder) or os.path.islink(path):
+        raise Failed(f'{folder}: a symlink is in the way')
+    owner = '{}:{}'.format(*account.owner)
+    commands = [
+        ('mkdir', '-p', folder),
+        ('chown', '-h', owner, folder),
+        ('chmod', '700', folder),
+        ('chmod', 'go-w', account.home),
+    ]
+    if not os.path.isdir(account.home):  # a run was cut off after it had made the account
+        commands[:0] = [('mkdir', '-p', account.home), ('chown', owner, account.home)]
+    if not all(run(*command) for command in commands):
+        raise Failed(f'cannot make {folder}')
+
+
+def grant_root(name):
+    """Let the user become root without a password, by sudo or by doas, once that takes the rule."""
+    sudo_rule = f'{name} ALL=(ALL:ALL) NOPASSWD:ALL'
+    doas_rule = f'permit nopass {name}'
+    doas_path = '/etc/doas.conf'
+    if os.path.isdir('/etc/doas.d'):
+        doas_path = '/etc/doas.d/azure-provisioning.conf'
+    doas_rules = read_file(doas_path)
+    if not f'\n{doas_rules}'.endswith(f'\n{doas_rule}'):  # the last rule that fits counts
+        doas_rules = f'{doas_rules}\n{doas_rule}' if doas_rules else doas_rule
+    if run('visudo', '-q', '-c', '-f', '-', line=sudo_rule):
+        write_file('/etc/sudoers.d/azure-provisioning', 0o440, f'{sudo_rule}\n'.encode())
+    elif run('doas', '-C', '/dev/stdin', line=doas_rules):
+        write_file(doas_path, 0o440, f'{doas_rules}\n'.encode('latin-1'))
     else:
-        complain('user: neither sudo nor doas takes a rule for ' + name)
+        complain(f'user: neither sudo nor doas takes a rule for {name}')
 
-def dvd():
-    """Return the texts on the DVD that is in the drive on the first boot. Raises Failed."""
-    folder = '/run/azure-provisioning/dvd'
-    need(call('mkdir', '-p', folder) and (os.path.isfile(folder + '/ovf-env.xml') or  # a run was cut off
-         os.path.exists('/dev/sr0') and call('mount', '-t', 'udf,iso9660', '-o', 'ro,nosuid,nodev,noexec', '/dev/sr0',
-                                             folder)), 'ovf-env.xml: no DVD')
-    body = contents(folder + '/ovf-env.xml', DATA_LIMIT)
-    call('umount', folder)
-    return parse('Environment', body.encode('latin-1'), 'ovf-env.xml: not an OVF environment')
 
-def password():
+# ---- The DVD: ovf-env.xml ----------------------------------------------------------------------
+
+
+DVD_FOLDER = '/run/azure-provisioning/dvd'
+OVF_FILE = f'{DVD_FOLDER}/ovf-env.xml'
+DVD_ATTEMPTS = 5
+DATA_LIMIT = 122880  # bytes: 64 KiB in base64, with room for line breaks
+OVF_PATH = 'ProvisioningSection/LinuxProvisioningConfigurationSet'
+
+
+def request_dvd():
+    """Return the root element of ovf-env.xml, which is on a DVD at the first boot."""
+    mount_dvd()
+    try:
+        with open(OVF_FILE, 'rb') as file:
+            document = file.read(DATA_LIMIT + 1)
+    except OSError:
+        raise Failed('ovf-env.xml: cannot be read') from None
+    finally:
+        succeeds('umount', DVD_FOLDER)  # if it fails, the next attempt finds the file
+    if not document:
+        raise Failed('ovf-env.xml: cannot be read')
+    root = read_xml('Environment', document)
+    if root is None or len(document) > DATA_LIMIT:
+        raise Failed('ovf-env.xml: not an OVF environment')
+    return root
+
+
+def mount_dvd():
+    """Mount the DVD where only root can see it, unless an earlier run has left it mounted."""
+    options = ['-t', 'udf,iso9660', '-o', 'ro,nosuid,nodev,noexec']
+    os.makedirs(DVD_FOLDER, exist_ok=True)
+    if os.path.exists(OVF_FILE):
+        return
+    if not os.path.exists('/dev/sr0') or not succeeds('mount', *options, '/dev/sr0', DVD_FOLDER):
+        raise Failed('ovf-env.xml: no DVD')
+
+
+# ---- Step password -----------------------------------------------------------------------------
+
+
+SSHD_CONFIG = '/etc/ssh/sshd_config'
+
+
+def set_password():
+    """Set the password of the admin user, and have sshd take passwords or not."""
     say('Retrieving password from the DVD')
-    texts = retry('password', 5, dvd)
-    name, secret = trim(texts[OVF + '/UserName']), texts[OVF + '/UserPassword'].encode().decode('latin-1')
-    need(valid_user(name), 'no valid user name')
-    need(not re.search('[<%s]|&(?!(lt|gt|quot|apos|amp);)' % CONTROL, secret), 'no valid password')
-    for entity, character in ('lt', '<'), ('gt', '>'), ('quot', '"'), ('apos', "'"), ('amp', '&'):
-        secret = secret.replace('&%s;' % entity, character)
-    need(len(secret) <= 72, 'no valid password')
-    need(not secret or run('chpasswd', line=name + ':' + secret) and did('Password set'), 'chpasswd failed')
-    answer = {'true': 'no', 'false': 'yes'}.get(trim(texts[OVF + '/DisableSshPasswordAuthentication']).lower())
-    answer and os.path.isfile('/etc/ssh/sshd_config') and sshd(answer)
+    root = retry('password', DVD_ATTEMPTS, request_dvd)
+    name = squeeze(find_text(root, f'{OVF_PATH}/UserName'))
+    password = find_text(root, f'{OVF_PATH}/UserPassword').encode().decode('latin-1')
+    disable = squeeze(find_text(root, f'{OVF_PATH}/DisableSshPasswordAuthentication')).lower()
+    if not is_user_name(name):
+        raise Failed('no valid user name')
+    if has_control(password) or len(password) > 72:
+        raise Failed('no valid password')
+    if password:
+        if not run('chpasswd', line=f'{name}:{password}'):
+            raise Failed('chpasswd failed')
+        say_done('Password set')
+    if disable in ('true', 'false') and os.path.isfile(SSHD_CONFIG):
+        configure_sshd('no' if disable == 'true' else 'yes')
 
-def sshd(answer):
-    """Let sshd take passwords or not, at both of its prompts; of each, the first line counts. Raises Failed."""
-    lines = contents('/etc/ssh/sshd_config').rstrip('\n').split('\n')
-    settings = ['PasswordAuthentication ' + answer, 'KbdInteractiveAuthentication ' + answer]
-    others = [line for line in lines[:2] if not re.match('(Password|KbdInteractive)Authentication ', line)] + lines[2:]
-    put('/etc/ssh/sshd_config', 0o644, '', '\n'.join(settings + others).rstrip('\n') + '\n')
-    did('PasswordAuthentication: ' + answer)
-    (run('systemctl', 'try-reload-or-restart', 'sshd.service') or
-     run('systemctl', 'try-reload-or-restart', 'ssh.service') or run('rc-service', '--ifstarted', 'sshd', 'reload'))
 
-def data():
+def configure_sshd(answer):
+    """Have sshd take passwords, or not, at both of its prompts; the first line of each counts."""
+    keywords = ('PasswordAuthentication ', 'KbdInteractiveAuthentication ')
+    lines = read_file(SSHD_CONFIG).split('\n')
+    while lines and lines[0].startswith(keywords):  # of a former run
+        del lines[0]
+    lines[:0] = [keyword + answer for keyword in keywords]
+    content = '\n'.join(lines).rstrip('\n') + '\n'
+    write_file(SSHD_CONFIG, 0o644, content.encode('latin-1'))
+    say_done(f'PasswordAuthentication: {answer}')
+    reload_sshd()
+
+
+def reload_sshd():
+    """Have a running sshd read its configuration; one that starts later does so anyway."""
+    if not run('systemctl', 'try-reload-or-restart', 'sshd.service') and not run(
+        'systemctl', 'try-reload-or-restart', 'ssh.service'
+    ):
+        run('rc-service', '--ifstarted', 'sshd', 'reload')
+
+
+# ---- Step data ---------------------------------------------------------------------------------
+
+
+STATE_FOLDER = '/var/lib/azure-provisioning'
+
+
+def save_data():
+    """Save the user data, from IMDS, and the custom data, from the DVD if there is one."""
     say('Retrieving user data from IMDS')
-    save('userData', 'user-data', optional('data', 'userData'))
+    leaf = 'userData', '2021-02-01', DATA_LIMIT
+    user_data = retry('data', settings.attempts, request_leaf, *leaf, optional=True)
+    save('userData', f'{STATE_FOLDER}/user-data', user_data)
     say('Retrieving custom data from the DVD')
     try:
-        texts = retry('data', 5, dvd)
+        root = retry('data', DVD_ATTEMPTS, request_dvd)
     except Failed:
         return
-    save('customData', 'custom-data', texts[OVF + '/CustomData'])
+    save('customData', f'{STATE_FOLDER}/custom-data', find_text(root, f'{OVF_PATH}/CustomData'))
 
-def save(label, name, value):
-    """Write what is base64 to a file of STATE; without a value, remove that of another VM. Raises Failed."""
-    path, value = STATE + '/' + name, re.sub('[%s]' % SPACE, '', value)
-    if not value:
-        need(run('rm', '-f', path), 'cannot remove ' + path)
-        return did(label + ': none')
-    need(re.fullmatch(BASE64, value), label + ': no base64')
-    put(path, 0o600, '', binascii.a2b_base64(value).decode('latin-1'))
-    did(label + ': ' + path)
 
-def publish():
-    route = re.search('(?m)^([!-)+-~][!-~]*)\t00000000\t(?:\\S+\t){5}00000000\t', contents('/proc/self/net/route'))
-    need(route, 'no default route')
-    name = route.group(1)
-    need(run('networkctl', 'reconfigure', name) or run('nmcli', 'device', 'reapply', name) or
-         run('dhcpcd', '-n', name) or run('dhclient', '-1', '-q', '-sf', '/bin/true', name) and  # a second, for once
-         run('dhclient', '-x', '-q', name) or run('killall', '-USR1', 'udhcpc'),
-         'no DHCP client renewed the lease of ' + name)
-    did('Renewed the DHCP lease of ' + name)
+def save(label, path, text):
+    """Decode a text from base64 to a file; if it is empty, remove the file of an earlier VM."""
+    text = remove(SPACE, text)
+    if not is_base64(text):
+        raise Failed(f'{label}: no base64')
+    if text:
+        write_file(path, 0o600, base64.b64decode(text))
+        say_done(f'{label}: {path}')
+    else:
+        if not run('rm', '-f', path):
+            raise Failed(f'cannot remove {path}')
+        say_done(f'{label}: none')
 
-def vm_id():
-    return ''.join(re.findall('(?m)^[0-9a-f-]{36}$', contents('/sys/class/dmi/id/product_uuid').lower()))
 
-def remember():
-    need(vm_id(), 'cannot read /sys/class/dmi/id/product_uuid')
-    put(STATE + '/vm-id', 0o600, '', vm_id() + '\n')
-    did('Remembered: ' + vm_id())
+def is_base64(text):
+    """Whether a text is base64, padding included."""
+    return re.fullmatch('[A-Za-z0-9+/]*={0,2}', text) is not None and len(text) % 4 == 0
 
-def main(arguments):
-    """Run the steps; return the exit status."""
-    steps = {step.__name__: step for step in (ready, hostname, disable, user, password, data, publish, remember)}
-    for step in arguments:
-        if step in ('-h', '--help', '--version'):
-            say('azure-provisioning ' + VERSION if step == '--version' else __doc__)
-            return 0
-        if step not in steps and step not in ('-n', '--dry-run'):
-            misused('unknown step or option: ' + step)
-    check_url('AZURE_PROVISIONING_WIRESERVER', WIRESERVER)
-    check_url('AZURE_PROVISIONING_IMDS', IMDS)
-    check_number('AZURE_PROVISIONING_ATTEMPTS', ATTEMPTS, 1)
-    check_number('AZURE_PROVISIONING_INTERVAL', INTERVAL, 0)
-    check_number('AZURE_PROVISIONING_TIMEOUT', TIMEOUT, 1)
-    to_come = [step for step in arguments if step in steps] or ['ready', 'hostname', 'disable']
-    if 'remember' in to_come and vm_id() and contents(STATE + '/vm-id').rstrip('\n') == vm_id():
-        say('Already provisioned: ' + vm_id())
-        return 0
-    for number, step in enumerate(to_come):
-        try:
-            steps[step]()
-        except (Failed, OSError) as failure:
-            complain('%s: %s' % (step, failure))
-            if 'ready' in to_come[number:] and 'ready' not in to_come[:number + 1]:
-                not_ready('%s: %s' % (step, failure) + (failure.__cause__ and ': %s' % failure.__cause__ or ''))
-            return 1
-    return 0
+
+# ---- Step publish ------------------------------------------------------------------------------
+
+
+def publish_hostname():
+    """Have the DHCP client of the default route's interface renew its lease, with the new name."""
+    interface = find_interface()
+    if not interface:
+        raise Failed('no default route')
+    if not renew_lease(interface):
+        raise Failed(f'no DHCP client renewed the lease of {interface}')
+    say_done(f'Renewed the DHCP lease of {interface}')
+
+
+def find_interface():
+    """Return the interface of the first default route, '' if there is none."""
+    for line in read_file('/proc/self/net/route').split('\n'):
+        fields = line.split()
+        # Interface, destination, gateway, flags, references, use, metric, mask ...
+        if len(fields) > 7 and fields[1] == fields[7] == '00000000':
+            return fields[0]
+    return ''
+
+
+def renew_lease(interface):
+    """Ask each DHCP client in turn; return whether one renewed the lease."""
+    return (
+        run('networkctl', 'reconfigure', interface)
+        or run('nmcli', 'device', 'reapply', interface)
+        or run('dhcpcd', '-n', interface)
+        or renew_with_dhclient(interface)
+        or run('killall', '-USR1', 'udhcpc')
+    )
+
+
+def renew_with_dhclient(interface):
+    """Ask with a second dhclient, which changes nothing here, and end it."""
+    return run('dhclient', '-1', '-q', '-sf', '/bin/true', interface) and run(
+        'dhclient', '-x', '-q', interface
+    )
+
+
+# ---- Step remember -----------------------------------------------------------------------------
+
+
+VM_ID_FILE = f'{STATE_FOLDER}/vm-id'
+
+
+def remember_vm():
+    """Save the id of this VM, by which later runs know that it is provisioned."""
+    vm_id = read_vm_id()
+    if not vm_id:
+        raise Failed('cannot read /sys/class/dmi/id/product_uuid')
+    write_file(VM_ID_FILE, 0o600, f'{vm_id}\n'.encode())
+    say_done(f'Remembered: {vm_id}')
+
+
+def is_remembered():
+    """Whether a run on this VM has got to the step remember; say so."""
+    vm_id = read_vm_id()
+    remembered = vm_id != '' and read_file(VM_ID_FILE) == vm_id
+    if remembered:
+        say(f'Already provisioned: {vm_id}')
+    return remembered
+
 
 if __name__ == '__main__':
-    os._exit(main(sys.argv[1:]))  # without another try to print what could not be printed
+    leave(main(sys.argv[1:]))

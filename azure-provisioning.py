@@ -3,9 +3,9 @@
 # azure-provisioning.sh is the same program in shell, with the same sections and functions.
 #
 # Arguments, settings and exit statuses: see USAGE. Errors: a step that fails says so on stderr.
-# Needs Python 3.6 and its standard library; -IS ignores the modules of environment and site.
-# Sources, below https://learn.microsoft.com/azure/virtual-machines/: linux/no-agent and
-# linux/provisioning (WireServer, DVD), instance-metadata-service (IMDS).
+# Needs Python 3.6 and its standard library; -IS keeps other modules out, those of PYTHONPATH, say.
+# Sources: https://learn.microsoft.com/azure/virtual-machines/linux/no-agent for the WireServer,
+# .../linux/provisioning for the DVD, .../instance-metadata-service for IMDS.
 """Provision a Linux VM on Azure, once, on its first boot."""
 
 import base64
@@ -21,8 +21,9 @@ import time
 import types
 from xml.etree import ElementTree
 
-sys.modules['ssl'] = None  # http.client does without; ssl would take a quarter of all memory
-import http.client  # noqa: E402 - behind the line above
+# http.client imports ssl if it can: a quarter of all memory, for nothing. None: it cannot.
+sys.modules['ssl'] = None
+import http.client  # noqa: E402 - has to stand below that line
 
 VERSION = '1.0.0'
 
@@ -30,9 +31,9 @@ USAGE = """\
 usage: azure-provisioning [-n | --dry-run] [STEP]...
        azure-provisioning -h | --help | --version
 
-Provision this Linux VM on Azure. The steps run in the order given; without any
-it is: ready hostname disable. The first step that fails ends the run. If ready
-was still to come then, Azure is told NotReady, with the reason.
+Provision this Linux VM on Azure. The steps run in the order given; the default
+is: ready hostname disable. The first step that fails ends the run. If ready has
+not run yet, but was going to, Azure is then told NotReady, with the reason.
 
 steps:
   ready     report to Azure that this VM is Ready
@@ -42,20 +43,22 @@ steps:
   password  set the password of that user, and have sshd take passwords or not
   data      save user data and custom data in /var/lib/azure-provisioning
   publish   renew the DHCP lease, so that the DNS of Azure learns the hostname
-  remember  save the id of this VM: later runs of a command with it do nothing
+  remember  save the id of this VM; with this step, a later run does nothing
 
 options:
   -n, --dry-run  print what would be changed, and change nothing
   -h, --help     print this text
   --version      print the version
 
-settings, from the environment, with their defaults:
-  AZURE_PROVISIONING_WIRESERVER  base URL of the WireServer: http://168.63.129.16
-  AZURE_PROVISIONING_IMDS        base URL of the metadata service (IMDS):
-                                 http://169.254.169.254
-  AZURE_PROVISIONING_ATTEMPTS    attempts at each request, at least 1: 240
-  AZURE_PROVISIONING_INTERVAL    longest wait between two attempts, in seconds: 5
-  AZURE_PROVISIONING_TIMEOUT     time limit of a request, in seconds: 30
+settings, from the environment:
+  AZURE_PROVISIONING_WIRESERVER  base URL of the WireServer
+                                 (default: http://168.63.129.16)
+  AZURE_PROVISIONING_IMDS        base URL of the metadata service, IMDS
+                                 (default: http://169.254.169.254)
+  AZURE_PROVISIONING_ATTEMPTS    attempts at each request (default: 240)
+  AZURE_PROVISIONING_INTERVAL    longest wait between two attempts, in seconds
+                                 (default: 5)
+  AZURE_PROVISIONING_TIMEOUT     time limit of a request, in seconds (default: 30)
 
 Progress goes to stdout, failures go to stderr.
 exit status: 0 all steps are done, 1 a step failed, 2 wrong usage"""
@@ -70,8 +73,9 @@ settings = types.SimpleNamespace(
 )
 
 BODY_LIMIT = 65536  # bytes of a reply's body
-SPACE = ' \t\r\n'  # white space, as XML has it
-MARKUP = '\1'  # a character that neither XML nor any value may hold
+BYTES = 'latin-1'  # of texts with one character for each byte, whatever it stands for
+SPACE = ' \t\n\r'  # white space, as XML has it
+INVALID = '\1'  # stands for a text that must not be used: no check of a value accepts it
 
 
 # ---- Messages and failures ---------------------------------------------------------------------
@@ -98,26 +102,26 @@ class Failed(Exception):
     """A step, or an attempt at a request, failed. The text is the reason, for a line on stderr.
 
     status: the HTTP status of the reply, if that is the reason.
-    absent: whether IMDS said that it has no such value.
-    last_attempt: what to add in a report to Azure: why the last attempt failed.
+    absent: whether the reply of IMDS says that it has no such value.
+    last_attempt: why the last attempt failed, for those who do not see the lines before.
     """
 
-    def __init__(self, reason, status=0, last_attempt=''):
+    def __init__(self, reason, status=0, absent=False, last_attempt=''):
         super().__init__(reason)
         self.status = status
-        self.absent = False
+        self.absent = absent
         self.last_attempt = last_attempt
 
 
-def leave(status):
-    """End the program. A plain exit would change the status if the output could not be written."""
+def end_program(status):
+    """End the program at once. sys.exit would write again what could not be written, and fail."""
     os._exit(status)
 
 
 def usage_error(message):
     """Say what is wrong with the command line or a setting, and end the program."""
     complain(f'azure-provisioning: {message}', USAGE)
-    leave(2)
+    end_program(2)
 
 
 # ---- The run -----------------------------------------------------------------------------------
@@ -135,7 +139,7 @@ def main(arguments):
 
 
 def find_step(name):
-    """Return the function of a step, or None. This is the table of all steps."""
+    """Return the function of a step, or None if there is no such step. This is the only table."""
     return {
         'ready': report_ready,
         'hostname': set_hostname,
@@ -149,17 +153,17 @@ def find_step(name):
 
 
 def parse_arguments(arguments):
-    """Return the steps that are named. The first argument that is no step and no -n decides."""
+    """Return the steps that are named. The first -h, --version or mistake ends the program."""
     steps = []
     for argument in arguments:
         if argument in ('-n', '--dry-run'):
             settings.dry_run = True
         elif argument in ('-h', '--help'):
             say(USAGE)
-            leave(0)
+            end_program(0)
         elif argument == '--version':
             say(f'azure-provisioning {VERSION}')
-            leave(0)
+            end_program(0)
         elif find_step(argument):
             steps.append(argument)
         else:
@@ -179,7 +183,9 @@ def read_settings():
 def read_url(name, default):
     """Return a base URL, http://HOST[:PORT][/PATH], without a '/' at its end."""
     url = os.environ.get(name, default)
-    host, port, path = '[A-Za-z0-9._~-]+', '[1-9][0-9]{0,4}', '(/[A-Za-z0-9._~:-]+)*/?'
+    host = '[A-Za-z0-9._~-]+'
+    port = '[1-9][0-9]{0,4}'
+    path = '(/[A-Za-z0-9._~:-]+)*/?'
     if not re.fullmatch(f'http://{host}(:{port})?{path}', url):
         usage_error(f'bad {name}')
     return url.rstrip('/')
@@ -195,25 +201,26 @@ def read_number(name, default, least):
 
 def run_steps(steps):
     """Run the steps until one fails; return the exit status."""
-    for number, step in enumerate(steps):
+    tried = []
+    for step in steps:
+        tried.append(step)
         try:
             run_step(step)
         except Failed as failure:
-            reason = f'{step}: {failure}'
-            complain(reason)
-            if 'ready' in steps[number + 1 :] and 'ready' not in steps[: number + 1]:
-                report_not_ready(reason + failure.last_attempt)
+            complain(f'{step}: {failure}')
+            if 'ready' in steps and 'ready' not in tried:
+                report_not_ready(f'{step}: {failure}{failure.last_attempt}')
             return 1
     return 0
 
 
 def run_step(step):
-    """Run a step. Raise Failed, and nothing else, if it cannot be done."""
+    """Run a step. Raise Failed, and nothing else, if it fails."""
     try:
         find_step(step)()
     except Failed:
         raise
-    except Exception as error:  # an error that nobody foresaw: it must not keep Azure waiting
+    except Exception as error:  # one that nobody foresaw: Azure has to be told all the same
         raise Failed(f'{type(error).__name__}: {error}') from error
 
 
@@ -226,36 +233,37 @@ def has_command(name):
 
 
 def run(*command, line=None):
-    """Run a command that changes the system; return whether it is there and succeeds.
+    """Run a command that changes the system; in a dry run, print it, if there is such a program.
 
-    A dry run prints it instead. The line, which may be secret, goes to the command's stdin.
+    The line, which may be secret, is its input. Return whether the program is there and succeeds.
     """
     if not settings.dry_run:
-        return succeeds(*command, line=line)
-    if has_command(command[0]):
-        say(f'Would run: {" ".join(command)}')
-    return has_command(command[0])
+        return run_anyway(*command, line=line)
+    if not has_command(command[0]):
+        return False
+    say(f'Would run: {" ".join(command)}')
+    return True
 
 
-def succeeds(*command, line=None):
-    """Run a command, in a dry run, too; return whether it is there and succeeds."""
-    stdin = None if line is None else line.encode('latin-1') + b'\n'
+def run_anyway(*command, line=None):
+    """Run a command, in a dry run, too; return whether the program is there and succeeds."""
+    standard_input = None if line is None else f'{line}\n'.encode(BYTES)
     try:
-        return subprocess.run(command, input=stdin).returncode == 0
+        return subprocess.run(command, input=standard_input).returncode == 0
     except OSError:
         return False
 
 
 def say_done(line):
-    """Print what has been changed; in a dry run, nothing has."""
+    """Print what has been changed, unless this is a dry run, in which nothing has."""
     if not settings.dry_run:
         say(line)
 
 
 def write_file(path, mode, content, owner=None):
-    """Replace a file, or make a new one, in one step: whoever reads it finds all of it.
+    """Replace a file, or make a new one, in one step: nobody ever finds half of it.
 
-    The owner is a pair of numbers; without one, it is root. Raise Failed if that is impossible.
+    The owner is a pair of numbers; None is root. Raise Failed if the file cannot be written.
     """
     if settings.dry_run:
         say(f'Would write {path}')
@@ -288,38 +296,39 @@ def remove_file(path):
 def exchange(label, url, headers, data=None, limit=BODY_LIMIT):
     """Send a request, a POST if there are data, else a GET; return the reply's status and body.
 
-    A GET wants status 200, a POST any 2xx. The body has at most so many bytes as the limit says.
-    All of it takes TIMEOUT seconds at most. Raise Failed, with the label and the reason.
+    A GET wants status 200, a POST any 2xx. The body has at most as many bytes as the limit says.
+    All of it takes at most settings.timeout. Raise Failed otherwise, with the label and the reason.
     """
     reply = types.SimpleNamespace(status=0, body=b'', problem='timed out', socket=None)
-    # A thread, as a socket's timeout bounds neither the lookup of a name nor a server that sends a
-    # byte now and then.
+    # A thread can be given up after a while. A time limit of the socket would not do: it says
+    # nothing of how long a name is looked up, and begins anew with each byte that is received.
     thread = threading.Thread(target=transfer, args=(url, headers, data, limit, reply), daemon=True)
     thread.start()
     thread.join(settings.timeout)
+    status, problem = reply.status, reply.problem
     hang_up(reply.socket)
-    # A bad status is the reason for the failure, whatever came behind it.
-    if reply.status and reply.status != 200 and not (data and 200 <= reply.status < 300):
-        raise Failed(f'{label}: HTTP {reply.status}', reply.status)
-    if reply.problem:
-        raise Failed(f'{label}: {reply.problem}')
-    return reply.status, reply.body
+    is_good = status == 200 or (data and 200 <= status < 300)
+    if status and not is_good:  # this is the reason, whatever else is wrong with the reply
+        raise Failed(f'{label}: HTTP {status}', status)
+    if problem:
+        raise Failed(f'{label}: {problem}')
+    return status, reply.body
 
 
 def hang_up(connected_socket):
-    """End what a thread still sends or receives, so that the thread ends, too."""
+    """Close a connection, if there is one, so that a thread which still uses it ends."""
     if connected_socket:
         with contextlib.suppress(OSError):
             connected_socket.shutdown(socket.SHUT_RDWR)
 
 
 def transfer(url, headers, data, limit, reply):
-    """Do an exchange with http.client, which uses no proxy and follows no redirect.
+    """Do the work of exchange with http.client, which uses no proxy and follows no redirect.
 
-    Set reply.socket, status and body as soon as they are known, and problem, '' if all is well.
+    Set reply.socket, status and body when they are known, and problem, '' if all is well.
     """
-    host, path = re.fullmatch('http://([^/]*)(/.*)', url).groups()
-    headers = {
+    _, _, host, path = url.split('/', 3)
+    all_headers = {
         **headers,
         'User-Agent': f'azure-provisioning/{VERSION}',
         'Accept': '*/*',
@@ -332,15 +341,15 @@ def transfer(url, headers, data, limit, reply):
         with contextlib.closing(connection):
             connection.connect()
             reply.socket = connection.sock
-            connection.request('POST' if data else 'GET', path, data, headers)
+            connection.request('POST' if data else 'GET', f'/{path}', data, all_headers)
             response = connection.getresponse()
             reply.status = response.status
             reply.problem = read_body(response, limit, reply)
     except socket.timeout:
         reply.problem = 'timed out'
-    except (OSError, OverflowError, UnicodeError):  # the last two: no such port, no such name
+    except (OSError, OverflowError, UnicodeError):  # no connection, no such port, no such name
         reply.problem = 'broken reply' if reply.status else 'no connection'
-    except (http.client.HTTPException, ValueError):
+    except Exception:  # of http.client: what came is no HTTP
         reply.problem = 'broken reply'
 
 
@@ -352,17 +361,17 @@ def read_body(response, limit, reply):
     if any(int(length) > limit for length in lengths):
         return 'reply too large'
     body = response.read(limit + 1)
-    if response.length:  # so many bytes are missing
+    if response.length:  # the number of bytes that are announced and did not come
         return 'broken reply'
     if len(body) > limit:
         return 'reply too large'
-    # A shell cannot hold a NUL byte. The same here: make the body one that is never taken.
-    reply.body = rb'\0' if b'\0' in body else body
+    # The shell cannot hold a NUL byte, so neither program uses a body that has one.
+    reply.body = INVALID.encode() if b'\0' in body else body
     return ''
 
 
 class StrictResponse(http.client.HTTPResponse):
-    """A response whose chunk sizes are hexadecimal digits; int() also takes 0x10, +5 and 1_0."""
+    """A response whose chunk sizes are hexadecimal digits; http.client takes 0x10 and +5, too."""
 
     def _read_next_chunk_size(self):
         line = self.fp.readline(1000)
@@ -375,27 +384,27 @@ class StrictResponse(http.client.HTTPResponse):
 # ---- Attempts ----------------------------------------------------------------------------------
 
 
-def retry(step, attempts, command, *arguments, optional=False):
-    """Call the command until it does not raise Failed; return its result. Raise Failed in the end.
+def retry(step, function, *arguments, optional=False, attempts=None):
+    """Call the function until it does not raise Failed, and return its result; give up at last.
 
-    The waits between attempts are 1 second, 2, 3 and so on, up to INTERVAL.
-    Of an optional value, IMDS may say that it has none; it also says so for a moment while it
-    starts. Return '' when it has said so five times, or as often as there are attempts.
+    A wait of 1 second follows the first attempt, then 2, 3 and so on, up to settings.interval.
+    IMDS may have no value that is optional. But it also says so for a moment while it starts:
+    return '' when it has said so five times in all, or at each attempt if there are fewer.
     """
-    absent = 0
+    attempts = attempts or settings.attempts
+    absences = 0
     for attempt in range(1, attempts + 1):
         try:
-            return command(*arguments)
+            return function(*arguments)
         except Failed as failure:
             complain(f'{step}: attempt {attempt} of {attempts}: {failure}')
-            last = failure
-        if optional and last.absent:
-            absent += 1
-            if absent == min(5, attempts):
-                return ''
+            reason = str(failure)
+            absences += failure.absent
+        if optional and absences == min(5, attempts):
+            return ''
         if attempt < attempts:
             time.sleep(min(attempt, settings.interval))
-    raise Failed(f'gave up after {attempts} attempts', last_attempt=f': {last}')
+    raise Failed(f'gave up after {attempts} attempts', last_attempt=f': {reason}')
 
 
 # ---- Step ready: the goal state and the health report ------------------------------------------
@@ -407,13 +416,13 @@ WIRESERVER_HEADERS = {'x-ms-version': '2012-11-30', 'x-ms-agent-name': 'custom-p
 def report_ready():
     """Report to the WireServer that this VM is Ready."""
     say('Retrieving goal state from the Wireserver')
-    retry('ready', settings.attempts, report_health, 'Ready', '')
+    retry('ready', report_health, 'Ready', '')
 
 
 def report_health(state, details):
     """Request the goal state, and send a health report for it.
 
-    It is requested anew at each attempt, as the WireServer takes no report for an old incarnation.
+    Both belong to one attempt, as the WireServer refuses a report for an old incarnation.
     """
     incarnation, container_id, instance_id = request_goal_state()
     report = (
@@ -463,35 +472,32 @@ def request_goal_state():
 
 
 def read_xml(root_name, document):
-    """Return the root element of an XML document, or None if there is none of that name.
-
-    A document type definition, which could define entities, is refused.
-    """
-    if b'<!DOCTYPE' in document:
+    """Return the root element of an XML document, or None if it has no root of that name."""
+    if b'<!DOCTYPE' in document:  # it could define entities
         return None
     try:
         root = ElementTree.fromstring(document, ElementTree.XMLParser(encoding='utf-8'))
     except (ElementTree.ParseError, ValueError):
         return None
     for element in root.iter():
-        element.tag = element.tag.rpartition('}')[2]  # {NAMESPACE}NAME
+        element.tag = element.tag.split('}')[-1]  # NAME, which may stand behind {NAMESPACE}
     return root if root.tag == root_name else None
 
 
 def find_text(root, path):
-    """Return the text of the first element at a path, '' if there is none.
-
-    An element with elements inside has no text of use: MARKUP stands for it.
-    """
+    """Return the text of the first element at a path; '' if there is none, or no text in it."""
     element = root.find(path)
-    if element is None:
+    if element is None or not element.text:
         return ''
-    return MARKUP if len(element) else element.text or ''
+    if len(element):  # the text is only what stands before an element inside
+        return INVALID
+    return element.text
 
 
 def squeeze(text):
-    """Return a text with one space for each run of white space, and none at its ends."""
-    return ' '.join(re.findall(f'[^{SPACE}]+', text))
+    """Return a text without white space at its ends, and with one space for each run of it."""
+    words = re.findall(f'[^{SPACE}]+', text)
+    return ' '.join(words)
 
 
 def is_number(text):
@@ -500,21 +506,19 @@ def is_number(text):
 
 
 def is_id(text):
-    """Whether a text is visible ASCII without < > & " and ', so that XML can hold it as it is."""
-    return re.fullmatch('[!-~]+', text) is not None and not re.search('[<>&"\']', text)
+    """Whether a text is visible ASCII, without what XML could not hold as it is."""
+    return re.fullmatch('[!-~]+', text) is not None and re.search('[<>&"\']', text) is None
 
 
 # ---- Step hostname: a value from IMDS ----------------------------------------------------------
 
 
 def set_hostname():
-    """Set the hostname that the user chose, or else the name of the VM's resource."""
+    """Set the hostname that the user chose; if there is none, the name of the VM's resource."""
     say('Retrieving hostname from IMDS')
-    computer_name = 'osProfile/computerName', '2021-02-01'
-    resource_name = 'name', '2019-06-01'
-    name = retry('hostname', settings.attempts, request_text, *computer_name, optional=True)
+    name = retry('hostname', request_text, 'osProfile/computerName', optional=True)
     if not name:
-        name = retry('hostname', settings.attempts, request_text, *resource_name)
+        name = retry('hostname', request_text, 'name')
     if not is_hostname(name):
         raise Failed('no valid hostname')
     say(f'Hostname: {name}')
@@ -524,44 +528,50 @@ def set_hostname():
 
 
 def is_hostname(text):
-    """Whether a text is a hostname: Linux takes 64 characters, DNS 63 between two dots."""
+    """Whether a text is a hostname of up to 64 characters, with up to 63 between two dots."""
+    longest = 64 if '.' in text else 63
     return (
         re.fullmatch('[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?', text) is not None
         and '..' not in text
-        and len(text) <= (64 if '.' in text else 63)
+        and len(text) <= longest
     )
 
 
 def set_kernel_hostname(name):
     """Set the hostname until the next boot, which reads /etc/hostname."""
-    if not settings.dry_run:
-        try:
-            socket.sethostname(name)
-        except OSError:
-            raise Failed("cannot set the kernel's hostname") from None
-
-
-def request_leaf(leaf, api_version, limit=BODY_LIMIT):
-    """Request a value of the VM from IMDS; return its text. Raise Failed, absent if it has none.
-
-    404 is its answer then, or 400 if it is too old to know the value.
-    """
-    label = leaf.rpartition('/')[2]
-    url = f'{settings.imds}/metadata/instance/compute/{leaf}?api-version={api_version}&format=text'
+    if settings.dry_run:
+        return
     try:
-        _, body = exchange(label, url, {'Metadata': 'true'}, limit=limit)
-    except Failed as failure:
-        failure.absent = failure.status in (400, 404)
-        raise
-    return body.decode('latin-1')
+        socket.sethostname(name)
+    except OSError:
+        raise Failed("cannot set the kernel's hostname") from None
 
 
-def request_text(leaf, api_version):
-    """Request a value that is not empty from IMDS; return its text, squeezed."""
-    text = squeeze(request_leaf(leaf, api_version))
+def request_text(leaf):
+    """Request a value from IMDS, squeeze it, and return it. Raise Failed if it is empty."""
+    text = squeeze(request_leaf(leaf))
     if not text:
-        raise Failed(f'{leaf.rpartition("/")[2]}: empty')
+        raise Failed(f'{label_of(leaf)}: empty')
     return text
+
+
+def request_leaf(leaf, limit=BODY_LIMIT):
+    """Request a value from IMDS; return its text, which may be empty.
+
+    Raise Failed, with absent set, if IMDS says 404, or 400: it may be too old to know the value.
+    """
+    version = '2019-06-01' if leaf == 'name' else '2021-02-01'
+    url = f'{settings.imds}/metadata/instance/compute/{leaf}?api-version={version}&format=text'
+    try:
+        _, body = exchange(label_of(leaf), url, {'Metadata': 'true'}, limit=limit)
+    except Failed as failure:
+        raise Failed(str(failure), absent=failure.status in (400, 404)) from None
+    return body.decode(BYTES)
+
+
+def label_of(leaf):
+    """Return the last part of a leaf's path, for messages."""
+    return leaf.split('/')[-1]
 
 
 # ---- Step disable ------------------------------------------------------------------------------
@@ -569,15 +579,14 @@ def request_text(leaf, api_version):
 
 def disable_unit():
     """Disable the service, of systemd or OpenRC, so that the next boot does not run it."""
-    if not run('systemctl', 'disable', 'azure-provisioning.service') and not run(
-        'rc-update', 'del', 'azure-provisioning'
-    ):
+    disabled = run('systemctl', 'disable', 'azure-provisioning.service')
+    if not disabled and not run('rc-update', 'del', 'azure-provisioning'):
         raise Failed('neither systemctl nor rc-update disabled azure-provisioning')
     say_done('Disabled azure-provisioning.service')
 
 
 # ================================================================================================
-# The default run ends here. All that follows runs only if a step is named, or fails before ready.
+# The default run ends here. What follows runs only if another step is named.
 # ================================================================================================
 
 
@@ -585,11 +594,12 @@ def disable_unit():
 
 
 def report_not_ready(reason):
-    """Report to the WireServer that this VM will not be Ready: whoever creates it stops waiting."""
+    """Report to the WireServer that this VM will not be Ready, so that nobody waits for it."""
     now = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
     agent = f'azure-provisioning/{VERSION}'
     text = f'result=error|reason={reason}|agent={agent}|vm_id={read_vm_id()}|timestamp={now}'
-    description = re.sub('[^ -~]|[&<>]', ' ', text[:512])
+    description = re.sub('[^ -~]', ' ', text[:512])  # other than visible ASCII
+    description = re.sub('[&<>]', ' ', description)
     details = (
         '<Details>'
         '<SubStatus>ProvisioningFailed</SubStatus>'
@@ -598,8 +608,8 @@ def report_not_ready(reason):
     )
     say('Retrieving goal state from the Wireserver')
     try:
-        retry('NotReady', settings.attempts, report_health, 'NotReady', details)
-    except Failed as failure:
+        retry('NotReady', report_health, 'NotReady', details)
+    except Exception as failure:  # the run has failed anyway
         complain(f'NotReady: {failure}')
 
 
@@ -615,23 +625,24 @@ def read_vm_id():
 def read_file(path):
     """Return the text of a file without line feeds at its end, '' if there is no such file.
 
-    The text has a character for each byte. Raise Failed if the file cannot be read.
+    Raise Failed if it cannot be read, or is no text: what is not understood must not be changed.
     """
     if not os.path.lexists(path):
         return ''
-    try:
-        if not os.path.isfile(path):  # opening a FIFO would take for ever
-            raise Failed(f'cannot read {path}')
-        with open(path, encoding='latin-1', newline='') as file:
-            return file.read().rstrip('\n')
-    except OSError:
-        raise Failed(f'cannot read {path}') from None
+    text = INVALID
+    with contextlib.suppress(OSError):
+        if os.path.isfile(path):  # opening a FIFO would take for ever
+            with open(path, encoding=BYTES, newline='') as file:
+                text = file.read()
+    if INVALID in text or '\0' in text:
+        raise Failed(f'cannot read {path}')
+    return text.rstrip('\n')
 
 
 # ---- Step user: the account, its SSH keys, sudo or doas ----------------------------------------
 
 
-# What OpenSSH writes as the beginning of a public key: its type, and the type again in base64.
+# How the public keys of OpenSSH begin: the type of key, and how that type is written in base64.
 KEY_BEGINNINGS = (
     'ssh-rsa AAAAB3Nz',
     'ssh-ed25519 AAAAC3Nz',
@@ -646,7 +657,7 @@ KEY_BEGINNINGS = (
 def create_user():
     """Create the admin user, unless there is one, and let it log in with its keys."""
     say('Retrieving user from IMDS')
-    name = retry('user', settings.attempts, request_text, 'osProfile/adminUsername', '2021-02-01')
+    name = retry('user', request_text, 'osProfile/adminUsername')
     if not is_user_name(name):
         raise Failed('no valid user name')
     say(f'User: {name}')
@@ -654,13 +665,13 @@ def create_user():
     if not find_account(name):
         shell = '/bin/bash' if os.access('/bin/bash', os.X_OK) else '/bin/sh'
         if not run('useradd', '-m', '-s', shell, name):
-            run('adduser', '-D', '-s', shell, name)  # BusyBox; whether it worked is seen below
-        if settings.dry_run:
+            run('adduser', '-D', '-s', shell, name)  # BusyBox's; whether it worked is seen below
+        if settings.dry_run:  # without an account, there is no more to look at
             return
     account = find_account(name)
     if not account:
         raise Failed('neither useradd nor adduser made the user')
-    unlock(account)
+    let_keys_in(account)
     if keys:
         authorize_keys(account, keys)
     grant_root(name)
@@ -676,16 +687,13 @@ def is_user_name(text):
 
 
 def request_keys():
-    """Return the user's valid SSH keys. Raise Failed if nobody could log in."""
-    entries = squeeze(
-        retry('user', settings.attempts, request_leaf, 'publicKeys', '2021-02-01', optional=True)
-    )
+    """Return the user's valid SSH keys. Raise Failed if there is neither a key nor a password."""
+    names = squeeze(retry('user', request_leaf, 'publicKeys', optional=True)).split()
     keys = []
-    for number, entry in enumerate(entries.split()):
-        if entry not in (f'{number}/', f'{number}') or number > 99:
+    for number, name in enumerate(names):  # 0/ 1/ 2/ and so on
+        if name not in (f'{number}/', str(number)) or number > 99:
             raise Failed('publicKeys: no valid list')
-        leaf = f'publicKeys/{number}/keyData', '2021-02-01'
-        text = retry('user', settings.attempts, request_leaf, *leaf, optional=True)
+        text = retry('user', request_leaf, f'publicKeys/{number}/keyData', optional=True)
         key = squeeze(remove('\r\n', text))  # Azure may break a key into lines
         if is_ssh_key(key):
             say(f'SSH key: {key.split()[0]}')
@@ -693,8 +701,10 @@ def request_keys():
         else:
             complain(f'user: publicKeys/{number}: no OpenSSH public key')
     if not keys:
-        leaf = 'osProfile/disablePasswordAuthentication', '2021-02-01'
-        if squeeze(retry('user', settings.attempts, request_leaf, *leaf, optional=True)) != 'false':
+        disabled = retry(
+            'user', request_leaf, 'osProfile/disablePasswordAuthentication', optional=True
+        )
+        if squeeze(disabled) != 'false':
             raise Failed('no valid SSH key, and no password')
     return keys
 
@@ -709,20 +719,20 @@ def is_ssh_key(text):
     return (
         text.startswith(KEY_BEGINNINGS)
         and re.fullmatch('[A-Za-z0-9+/=]+', text.split(' ')[1]) is not None
-        and not has_control(text)
+        and not has_control_character(text)
     )
 
 
-def has_control(text):
-    """Whether a text has a control character in it."""
+def has_control_character(text):
+    """Whether there is one in a text."""
     return re.search('[\0-\37\177]', text) is not None
 
 
 def find_account(name):
-    """Return a user's account, None if there is none. Raise Failed if it cannot be read.
+    """Return a user's account, None if there is none.
 
-    password: the field of /etc/shadow, or of /etc/passwd if there is none.
-    owner: the numbers of the user and of its group. home: its folder.
+    password: the field in /etc/shadow, or in /etc/passwd if the user has no line there.
+    owner: the numbers of the user and of its group. home: the path of its home.
     """
     fields = find_line('/etc/passwd', name)
     if not fields:
@@ -733,7 +743,7 @@ def find_account(name):
         name=name,
         password=(find_line('/etc/shadow', name) or fields)[1],
         owner=(int(fields[2]), int(fields[3])),
-        home=os.fsdecode(fields[5].encode('latin-1')),
+        home=os.fsdecode(fields[5].encode(BYTES)),  # as Python writes paths
     )
 
 
@@ -741,14 +751,14 @@ def find_line(path, name):
     """Return the fields of the first line of /etc/passwd or /etc/shadow for a user, or None."""
     for line in read_file(path).split('\n'):
         if line.startswith(f'{name}:'):
-            return f'{line}::::::'.split(':')  # at least seven
+            return f'{line}::::::'.split(':')  # seven at least, though the line may have fewer
     return None
 
 
-def unlock(account):
-    """Have the account take keys: for one locked with '!', sshd without PAM takes none.
+def let_keys_in(account):
+    """Unlock an account without giving it a password: '*' in the place of one that begins with '!'.
 
-    '*' says that no password fits, and locks nothing.
+    Without PAM, sshd takes no key for an account that is locked with '!'.
     """
     if account.password.startswith('!'):
         name = account.name
@@ -760,54 +770,58 @@ def authorize_keys(account, keys):
     """Add the keys to the user's authorized_keys, unless they are there."""
     folder = f'{account.home}/.ssh'
     path = f'{folder}/authorized_keys'
-    make_ssh_folder(account, folder, path)
-    lines = read_file(path).split('\n')
-    if lines == ['']:
-        lines = []
-    for key in keys:
-        key_itself = ' '.join(key.split(' ')[:2])  # without the comment
-        if not any(f'{line} '.startswith(f'{key_itself} ') for line in lines):
-            lines.append(key)
-    content = ''.join(f'{line}\n' for line in lines).encode('latin-1')
-    write_file(path, 0o600, content, account.owner)
-
-
-def make_ssh_folder(account, folder, path):
-    """Make what is missing of the home and the folder of the keys, as sshd wants them.
-
-    Symlinks are refused: the user could have made them, and this is root.
-    """
-    if os.path.islink(folder) or os.path.islink(path):
+    if os.path.islink(folder) or os.path.islink(path):  # the user could have made it; this is root
         raise Failed(f'{folder}: a symlink is in the way')
+    make_ssh_folder(account, folder)
+    text = read_file(path)
+    lines = text.split('\n') if text else []
+    for key in keys:
+        type_and_blob = ' '.join(key.split(' ')[:2]) + ' '  # without the comment
+        if not any(f'{line} '.startswith(type_and_blob) for line in lines):
+            lines.append(key)
+    content = ''.join(f'{line}\n' for line in lines)
+    write_file(path, 0o600, content.encode(BYTES), account.owner)
+
+
+def make_ssh_folder(account, folder):
+    """Make the folder of the keys, and the home if it is missing, with modes that sshd accepts."""
     owner = '{}:{}'.format(*account.owner)
-    commands = [
+    commands = []
+    if not os.path.isdir(account.home):  # a run was cut off after it had made the account
+        commands += [('mkdir', '-p', account.home), ('chown', owner, account.home)]
+    commands += [
         ('mkdir', '-p', folder),
         ('chown', '-h', owner, folder),
         ('chmod', '700', folder),
         ('chmod', 'go-w', account.home),
     ]
-    if not os.path.isdir(account.home):  # a run was cut off after it had made the account
-        commands[:0] = [('mkdir', '-p', account.home), ('chown', owner, account.home)]
-    if not all(run(*command) for command in commands):
-        raise Failed(f'cannot make {folder}')
+    for command in commands:
+        if not run(*command):
+            raise Failed(f'cannot make {folder}')
 
 
 def grant_root(name):
-    """Let the user become root without a password, by sudo or by doas, once that takes the rule."""
+    """Let the user become root without a password, with sudo or doas, if one accepts the rule."""
     sudo_rule = f'{name} ALL=(ALL:ALL) NOPASSWD:ALL'
-    doas_rule = f'permit nopass {name}'
     doas_path = '/etc/doas.conf'
     if os.path.isdir('/etc/doas.d'):
         doas_path = '/etc/doas.d/azure-provisioning.conf'
-    doas_rules = read_file(doas_path)
-    if not f'\n{doas_rules}'.endswith(f'\n{doas_rule}'):  # the last rule that fits counts
-        doas_rules = f'{doas_rules}\n{doas_rule}' if doas_rules else doas_rule
+    doas_rules = add_last_line(read_file(doas_path), f'permit nopass {name}')
     if run('visudo', '-q', '-c', '-f', '-', line=sudo_rule):
         write_file('/etc/sudoers.d/azure-provisioning', 0o440, f'{sudo_rule}\n'.encode())
     elif run('doas', '-C', '/dev/stdin', line=doas_rules):
-        write_file(doas_path, 0o440, f'{doas_rules}\n'.encode('latin-1'))
-    else:
+        write_file(doas_path, 0o440, f'{doas_rules}\n'.encode(BYTES))
+    else:  # there may be neither; the user can log in all the same
         complain(f'user: neither sudo nor doas takes a rule for {name}')
+
+
+def add_last_line(text, line):
+    """Return a text that ends with the line. doas goes by the last of its rules that fits."""
+    if text == '' or text == line:
+        return line
+    if text.endswith(f'\n{line}'):
+        return text
+    return f'{text}\n{line}'
 
 
 # ---- The DVD: ovf-env.xml ----------------------------------------------------------------------
@@ -823,13 +837,10 @@ OVF_PATH = 'ProvisioningSection/LinuxProvisioningConfigurationSet'
 def request_dvd():
     """Return the root element of ovf-env.xml, which is on a DVD at the first boot."""
     mount_dvd()
-    try:
-        with open(OVF_FILE, 'rb') as file:
-            document = file.read(DATA_LIMIT + 1)
-    except OSError:
-        raise Failed('ovf-env.xml: cannot be read') from None
-    finally:
-        succeeds('umount', DVD_FOLDER)  # if it fails, the next attempt finds the file
+    document = b''
+    with contextlib.suppress(OSError), open(OVF_FILE, 'rb') as file:
+        document = file.read(DATA_LIMIT + 1)
+    run_anyway('umount', DVD_FOLDER)  # if it stays mounted, mount_dvd finds the file there
     if not document:
         raise Failed('ovf-env.xml: cannot be read')
     root = read_xml('Environment', document)
@@ -839,12 +850,12 @@ def request_dvd():
 
 
 def mount_dvd():
-    """Mount the DVD where only root can see it, unless an earlier run has left it mounted."""
-    options = ['-t', 'udf,iso9660', '-o', 'ro,nosuid,nodev,noexec']
-    os.makedirs(DVD_FOLDER, exist_ok=True)
+    """Mount the DVD where only root can see it, unless it is still mounted since an earlier try."""
+    mount = ['mount', '-t', 'udf,iso9660', '-o', 'ro,nosuid,nodev,noexec', '/dev/sr0', DVD_FOLDER]
+    run_anyway('mkdir', '-p', DVD_FOLDER)
     if os.path.exists(OVF_FILE):
         return
-    if not os.path.exists('/dev/sr0') or not succeeds('mount', *options, '/dev/sr0', DVD_FOLDER):
+    if not os.path.exists('/dev/sr0') or not run_anyway(*mount):
         raise Failed('ovf-env.xml: no DVD')
 
 
@@ -857,40 +868,42 @@ SSHD_CONFIG = '/etc/ssh/sshd_config'
 def set_password():
     """Set the password of the admin user, and have sshd take passwords or not."""
     say('Retrieving password from the DVD')
-    root = retry('password', DVD_ATTEMPTS, request_dvd)
+    root = retry('password', request_dvd, attempts=DVD_ATTEMPTS)
     name = squeeze(find_text(root, f'{OVF_PATH}/UserName'))
-    password = find_text(root, f'{OVF_PATH}/UserPassword').encode().decode('latin-1')
-    disable = squeeze(find_text(root, f'{OVF_PATH}/DisableSshPasswordAuthentication')).lower()
     if not is_user_name(name):
         raise Failed('no valid user name')
-    if has_control(password) or len(password) > 72:
+    password = find_text(root, f'{OVF_PATH}/UserPassword').encode().decode(BYTES)
+    if has_control_character(password) or len(password) > 72:
         raise Failed('no valid password')
     if password:
         if not run('chpasswd', line=f'{name}:{password}'):
             raise Failed('chpasswd failed')
         say_done('Password set')
-    if disable in ('true', 'false') and os.path.isfile(SSHD_CONFIG):
-        configure_sshd('no' if disable == 'true' else 'yes')
+    disabled = squeeze(find_text(root, f'{OVF_PATH}/DisableSshPasswordAuthentication')).lower()
+    if disabled in ('true', 'false') and os.path.isfile(SSHD_CONFIG):
+        configure_sshd('no' if disabled == 'true' else 'yes')
 
 
 def configure_sshd(answer):
-    """Have sshd take passwords, or not, at both of its prompts; the first line of each counts."""
+    """Have sshd take passwords, or not, at both of its prompts, by the first lines of its file.
+
+    sshd goes by the first line of each setting.
+    """
     keywords = ('PasswordAuthentication ', 'KbdInteractiveAuthentication ')
     lines = read_file(SSHD_CONFIG).split('\n')
-    while lines and lines[0].startswith(keywords):  # of a former run
+    while lines and lines[0].startswith(keywords):  # of an earlier run, or as good as one
         del lines[0]
-    lines[:0] = [keyword + answer for keyword in keywords]
+    lines = [keyword + answer for keyword in keywords] + lines
     content = '\n'.join(lines).rstrip('\n') + '\n'
-    write_file(SSHD_CONFIG, 0o644, content.encode('latin-1'))
+    write_file(SSHD_CONFIG, 0o644, content.encode(BYTES))
     say_done(f'PasswordAuthentication: {answer}')
     reload_sshd()
 
 
 def reload_sshd():
-    """Have a running sshd read its configuration; one that starts later does so anyway."""
-    if not run('systemctl', 'try-reload-or-restart', 'sshd.service') and not run(
-        'systemctl', 'try-reload-or-restart', 'ssh.service'
-    ):
+    """Have sshd read its configuration again, if it is running. If none is, there is no need."""
+    reload = ['systemctl', 'try-reload-or-restart']
+    if not run(*reload, 'sshd.service') and not run(*reload, 'ssh.service'):
         run('rc-service', '--ifstarted', 'sshd', 'reload')
 
 
@@ -901,21 +914,20 @@ STATE_FOLDER = '/var/lib/azure-provisioning'
 
 
 def save_data():
-    """Save the user data, from IMDS, and the custom data, from the DVD if there is one."""
+    """Save the user data, from IMDS, and the custom data, from the DVD if that can be read."""
     say('Retrieving user data from IMDS')
-    leaf = 'userData', '2021-02-01', DATA_LIMIT
-    user_data = retry('data', settings.attempts, request_leaf, *leaf, optional=True)
+    user_data = retry('data', request_leaf, 'userData', DATA_LIMIT, optional=True)
     save('userData', f'{STATE_FOLDER}/user-data', user_data)
     say('Retrieving custom data from the DVD')
     try:
-        root = retry('data', DVD_ATTEMPTS, request_dvd)
+        root = retry('data', request_dvd, attempts=DVD_ATTEMPTS)
     except Failed:
         return
     save('customData', f'{STATE_FOLDER}/custom-data', find_text(root, f'{OVF_PATH}/CustomData'))
 
 
 def save(label, path, text):
-    """Decode a text from base64 to a file; if it is empty, remove the file of an earlier VM."""
+    """Write to a file what a text is in base64. Without a text, remove the file, of another VM."""
     text = remove(SPACE, text)
     if not is_base64(text):
         raise Failed(f'{label}: no base64')
@@ -929,15 +941,18 @@ def save(label, path, text):
 
 
 def is_base64(text):
-    """Whether a text is base64, padding included."""
-    return re.fullmatch('[A-Za-z0-9+/]*={0,2}', text) is not None and len(text) % 4 == 0
+    """Whether a text is base64 with its padding, and encodes bytes, without bits left over."""
+    try:
+        return base64.b64encode(base64.b64decode(text)) == text.encode(BYTES)
+    except ValueError:
+        return False
 
 
 # ---- Step publish ------------------------------------------------------------------------------
 
 
 def publish_hostname():
-    """Have the DHCP client of the default route's interface renew its lease, with the new name."""
+    """Have the DHCP client renew the lease of the default route's interface, with the hostname."""
     interface = find_interface()
     if not interface:
         raise Failed('no default route')
@@ -949,15 +964,15 @@ def publish_hostname():
 def find_interface():
     """Return the interface of the first default route, '' if there is none."""
     for line in read_file('/proc/self/net/route').split('\n'):
+        # Interface, destination, gateway, flags, references, use, metric, mask and more
         fields = line.split()
-        # Interface, destination, gateway, flags, references, use, metric, mask ...
-        if len(fields) > 7 and fields[1] == fields[7] == '00000000':
+        if len(fields) > 7 and fields[1] == '00000000' and fields[7] == '00000000':
             return fields[0]
     return ''
 
 
 def renew_lease(interface):
-    """Ask each DHCP client in turn; return whether one renewed the lease."""
+    """Ask the DHCP clients one by one; return whether one renewed the lease."""
     return (
         run('networkctl', 'reconfigure', interface)
         or run('nmcli', 'device', 'reapply', interface)
@@ -968,10 +983,12 @@ def renew_lease(interface):
 
 
 def renew_with_dhclient(interface):
-    """Ask with a second dhclient, which changes nothing here, and end it."""
-    return run('dhclient', '-1', '-q', '-sf', '/bin/true', interface) and run(
-        'dhclient', '-x', '-q', interface
-    )
+    """Renew the lease with a second dhclient, as the first one takes no orders, and end it.
+
+    The script /bin/true has it leave the interface alone.
+    """
+    renewed = run('dhclient', '-1', '-q', '-sf', '/bin/true', interface)
+    return renewed and run('dhclient', '-x', '-q', interface)
 
 
 # ---- Step remember -----------------------------------------------------------------------------
@@ -990,13 +1007,16 @@ def remember_vm():
 
 
 def is_remembered():
-    """Whether a run on this VM has got to the step remember; say so."""
-    vm_id = read_vm_id()
-    remembered = vm_id != '' and read_file(VM_ID_FILE) == vm_id
-    if remembered:
-        say(f'Already provisioned: {vm_id}')
-    return remembered
+    """Whether an earlier run on this VM has done the step remember; say so."""
+    try:
+        remembered = read_file(VM_ID_FILE)
+    except Failed:
+        remembered = ''
+    if remembered == '' or remembered != read_vm_id():
+        return False
+    say(f'Already provisioned: {remembered}')
+    return True
 
 
 if __name__ == '__main__':
-    leave(main(sys.argv[1:]))
+    end_program(main(sys.argv[1:]))

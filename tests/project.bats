@@ -106,40 +106,196 @@ setup() {
     [ "$status" -ne 0 ]
 }
 
+@test "make alone and make help list the targets, a line each" {
+    run make
+    [ "$status" -eq 0 ]
+    [ "$output" = "$(make help)" ]
+    sed -n 's/^\.PHONY: //p' Makefile | tr ' ' '\n' | grep -vx check-install >"$scratch/targets"
+    diff <(sed -nE 's/^make ([a-z-]+) +[^ ].*/\1/p' <<<"$output" | sort) <(sort "$scratch/targets")
+    [ "$(wc -l <<<"$output")" -eq "$(wc -l <"$scratch/targets")" ]
+}
+
+@test "the Makefile's example installs without a warning" {
+    # shellcheck disable=SC2016 # of the example's shell
+    sed -n 's/^#     \(make install .*\)/\1 DESTDIR="$1"/p' Makefile >"$scratch/example"
+    run --separate-stderr sh -eu "$scratch/example" "$scratch/tree"
+    [ "$status" -eq 0 ]
+    [ -z "$stderr" ]
+    [ -f "$scratch/tree/etc/systemd/system/azure-provisioning.service.d/steps.conf" ]
+}
+
 @test "make install puts either script and the unit in place, make uninstall takes both away" {
+    tree="$scratch/an image"
     for implementation in py sh; do
-        make install DESTDIR="$scratch/tree" IMPL="$implementation"
-        cmp "azure-provisioning.$implementation" "$scratch/tree/usr/local/sbin/azure-provisioning"
-        cmp azure-provisioning.service "$scratch/tree/etc/systemd/system/azure-provisioning.service"
-        "$scratch/tree/usr/local/sbin/azure-provisioning" --version
-        make uninstall DESTDIR="$scratch/tree"
-        [ -z "$(find "$scratch/tree" -type f)" ]
+        make install DESTDIR="$tree" IMPL="$implementation"
+        cmp "azure-provisioning.$implementation" "$tree/usr/local/sbin/azure-provisioning"
+        cmp azure-provisioning.service "$tree/etc/systemd/system/azure-provisioning.service"
+        "$tree/usr/local/sbin/azure-provisioning" --version
+        make uninstall DESTDIR="$tree"
+        [ -z "$(find "$tree" -type f)" ]
+        [ "$(ls "$scratch")" = 'an image' ] # nothing is written beside it
     done
 }
 
-@test "make install STEPS writes a drop-in for these steps, and one without STEPS takes it away" {
-    drop_in=$scratch/tree/etc/systemd/system/azure-provisioning.service.d/steps.conf
-    make install DESTDIR="$scratch/tree" IMPL=sh STEPS='user data hostname ready remember'
-    grep -qx 'ExecStart=/usr/local/sbin/azure-provisioning user data hostname ready remember' "$drop_in"
-    grep -qx 'Environment=AZURE_PROVISIONING_ATTEMPTS=900' "$drop_in"
-    grep -qx 'StateDirectory=azure-provisioning' "$drop_in"
-    make install DESTDIR="$scratch/tree" IMPL=sh STEPS='ready publish'
-    [ "$(wc -l <"$drop_in")" -eq 4 ] # not what other steps need
-    make install DESTDIR="$scratch/tree" IMPL=sh
-    [ ! -e "$drop_in" ]
-    run make install DESTDIR="$scratch/other" IMPL=sh STEPS='user nonsense'
+@test "make install STEPS writes the steps and copies their drop-ins, and removes those of other steps" {
+    drop_ins="$scratch/an image/etc/systemd/system/azure-provisioning.service.d"
+    make_install() { make install DESTDIR="$scratch/an image" IMPL=sh STEPS="$1"; }
+    make_install 'user data hostname ready remember'
+    [ "$(cd "$drop_ins" && echo *)" = 'data.conf remember.conf steps.conf user.conf' ]
+    for step in data remember user; do cmp {azure-provisioning.service.d,"$drop_ins"}/$step.conf; done
+    diff "$drop_ins/steps.conf" - <<END
+[Service]
+ExecStart=
+ExecStart=/usr/local/sbin/azure-provisioning user data hostname ready remember
+Environment=AZURE_PROVISIONING_ATTEMPTS=900
+END
+    make_install ' ready  publish disable '
+    [ "$(cd "$drop_ins" && echo *)" = 'publish.conf steps.conf' ]
+    diff "$drop_ins/steps.conf" - <<END
+[Service]
+ExecStart=
+ExecStart=/usr/local/sbin/azure-provisioning ready publish disable
+END
+    make_install ''
+    [ ! -e "$drop_ins" ]
+}
+
+@test "make install has no output of its own but the next command, which enables the unit" {
+    command -v systemctl || skip 'no systemctl'
+    for tree in "$scratch/tree" "$scratch/an \"image\" & more"; do
+        run --separate-stderr make -s install DESTDIR="$tree" IMPL=sh STEPS='user hostname ready disable'
+        [ "${lines[0]}" = 'Next, as root:' ]
+        [ "${#lines[@]}" -eq 2 ]
+        [ -z "$stderr" ]
+        sh -euc "${lines[1]}"
+        [ -L "$tree/etc/systemd/system/multi-user.target.wants/azure-provisioning.service" ]
+    done
+    [[ $(make -n install IMPL=sh) == *"'    systemctl enable azure-provisioning.service'" ]]
+}
+
+@test "make install warns of steps without ready, and without disable and remember" {
+    warnings() {
+        run --separate-stderr make -s install DESTDIR="$scratch/tree" IMPL=sh STEPS="$1"
+        [ "$status" -eq 0 ]
+        grep -c '^make install: warning: ' <<<"$stderr" || :
+    }
+    for steps in '' 'user hostname ready disable' 'ready remember'; do
+        [ "$(warnings "$steps")" -eq 0 ]
+    done
+    [ "$(warnings 'hostname disable')" -eq 1 ]
+    grep -q 'no ready' <<<"$(make install DESTDIR="$scratch/tree" IMPL=sh STEPS='hostname disable' 2>&1 >/dev/null)"
+    [ "$(warnings 'user hostname ready')" -eq 1 ]
+    [ "$(warnings 'user')" -eq 2 ]
+}
+
+@test "make install writes nothing if it cannot go on" {
+    mkdir -p "$scratch/half/etc"
+    touch "$scratch/file" "$scratch/half/etc/systemd"
+    mkdir -p "$scratch/folder/usr/local/sbin/azure-provisioning"
+    while read -r arguments; do
+        before=$(find "$scratch" | sort)
+        run eval "make -s install $arguments"
+        echo "$arguments: $output"
+        [ "$status" -ne 0 ]
+        [ "$(find "$scratch" | sort)" = "$before" ]
+    done <<'END'
+DESTDIR="$scratch/tree"
+DESTDIR="$scratch/tree" IMPL=both
+DESTDIR="$scratch/tree" IMPL='py sh'
+DESTDIR="$scratch/tree" IMPL=sh STEPS='user nonsense'
+DESTDIR="$scratch/tree" IMPL=sh STEPS='user --dry-run ready'
+DESTDIR="$scratch/tree" IMPL=sh STEPS='ready --version'
+DESTDIR="$scratch/tree" IMPL=sh STEPS='ready; disable'
+DESTDIR="$scratch/tree" IMPL=sh STEPS='*'
+DESTDIR="$scratch/tree" IMPL=sh STEPS="'ready'"
+DESTDIR="$scratch/an admin's tree" IMPL=sh
+DESTDIR="$scratch/tree" IMPL=sh PREFIX=usr
+DESTDIR="$scratch/tree" IMPL=sh PREFIX=/100%
+DESTDIR="$scratch/tree" IMPL=sh UNITDIR=units
+DESTDIR="$scratch/file" IMPL=sh
+DESTDIR="$scratch/half" IMPL=sh
+DESTDIR="$scratch/folder" IMPL=sh
+END
+}
+
+@test "make install writes nothing if one of the folders cannot be written" {
+    mkdir -p "$scratch/tree/etc"
+    chmod 555 "$scratch/tree/etc"
+    as=()
+    if [ "$(id -u)" -eq 0 ]; then # may write there all the same, but not to a file system that is read-only
+        unshare --mount true || skip 'no namespaces'
+        # shellcheck disable=SC2016 # of the inner shell
+        as=(unshare --mount sh -euc 'mount -t tmpfs -o ro none "$1" && shift && "$@"' sh "$scratch/tree/etc")
+    fi
+    run "${as[@]}" make -s install DESTDIR="$scratch/tree" IMPL=sh
     [ "$status" -ne 0 ]
-    [ ! -e "$scratch/other" ]
+    [[ $output == *"cannot write to $scratch/tree/etc"* ]]
+    [ ! -e "$scratch/tree/usr" ]
+}
+
+@test "make uninstall takes away what install put there, whatever the steps were, and nothing else" {
+    drop_ins=$scratch/tree/etc/systemd/system/azure-provisioning.service.d
+    mkdir -p "$drop_ins"
+    touch "$drop_ins/local.conf"
+    make install DESTDIR="$scratch/tree" IMPL=sh STEPS='user password data hostname publish ready remember'
+    [ "$(find "$drop_ins" -type f | wc -l)" -eq 7 ]
+    make uninstall DESTDIR="$scratch/tree"
+    [ "$(find "$scratch/tree" -type f)" = "$drop_ins/local.conf" ]
+    make uninstall DESTDIR="$scratch/tree" # what is gone is no error
+    rm "$drop_ins/local.conf"
+    make install DESTDIR="$scratch/tree" IMPL=sh STEPS='user ready disable'
+    make uninstall DESTDIR="$scratch/tree"
+    [ ! -e "$drop_ins" ]
+}
+
+@test "make install replaces a unit that is masked" {
+    mkdir -p "$scratch/tree/etc/systemd/system"
+    ln -s /dev/null "$scratch/tree/etc/systemd/system/azure-provisioning.service"
+    make install DESTDIR="$scratch/tree" IMPL=sh
+    cmp azure-provisioning.service "$scratch/tree/etc/systemd/system/azure-provisioning.service"
+}
+
+@test "each drop-in is named after a step, and says why it has its directives" {
+    for drop_in in azure-provisioning.service azure-provisioning.service.d/*; do
+        step=$(basename "$drop_in" .conf)
+        [ "$step" = azure-provisioning.service ] || ./azure-provisioning.sh "$step" --version
+        # neither directives without a comment above them, nor comments that are directives
+        run awk '/^$/ || /^\[/ { told = /^\[(Unit|Install)\]$/ } /^#/ { told = 1 } /^[A-Z]/ && !told { print; bad = 1 }
+            /^#(.*:)? *[A-Z][A-Za-z]*=/ { print; bad = 1 } END { exit bad }' "$drop_in"
+        echo "$drop_in: $output"
+        [ "$status" -eq 0 ]
+    done
+}
+
+security() { # STEPS [OPTION]...: what systemd-analyze security says of the unit with the drop-ins for them
+    make -s install DESTDIR="$scratch/tree" IMPL=sh STEPS="$1" >/dev/null 2>&1
+    systemd-analyze security --no-pager --offline=true --root="$scratch/tree" "${@:2}" azure-provisioning.service
+}
+
+scores() { # skip where systemd-analyze is missing, or too old
+    command -v systemd-analyze || skip 'no systemd-analyze'
+    systemd-analyze security --help | grep -q -e --threshold || skip 'systemd-analyze cannot score a file'
 }
 
 @test "the score of the README's steps is the one that it tells" {
-    command -v systemd-analyze || skip 'no systemd-analyze'
-    systemd-analyze security --help | grep -q -e --threshold || skip 'systemd-analyze cannot score a file'
+    scores
     read -r score steps < <(
-        sed -n 's/^.systemd-analyze security. scores .\(.*\). \([0-9]\)\.\([0-9]\), of 10.*/\2\3 \1/p' README.md)
-    make install DESTDIR="$scratch/tree" IMPL=sh STEPS="$steps"
-    systemd-analyze security --no-pager --offline=true --root="$scratch/tree" --threshold="$score" \
-        azure-provisioning.service
+        sed -n 's/^.systemd-analyze security. scores .\(.*\). \([0-9]\)\.\([0-9]\), of 10.*/\2\3 \1/p' README.md
+    )
+    security "$steps" --threshold="$score"
+    run security "$steps" --threshold="$((score - 1))"
+    [ "$status" -ne 0 ]
+}
+
+@test "the drop-ins of several steps add up, and open nothing else" {
+    scores
+    opened() { # STEPS: what is open then
+        security "$1" | sed -n 's/^✗ \([^ ]*\) .*/\1/p'
+    }
+    for step in user password data publish remember; do opened "$step"; done | sort -u >"$scratch/each"
+    opened 'user password data publish remember' | sort >"$scratch/all"
+    [ "$(wc -l <"$scratch/all")" -gt 10 ]
+    diff "$scratch/each" "$scratch/all"
 }
 
 @test "make install follows PREFIX and UNITDIR" {
@@ -147,36 +303,53 @@ setup() {
     grep -q '^ExecStart=/opt/azure/sbin/azure-provisioning$' \
         "$scratch/tree/usr/lib/systemd/system/azure-provisioning.service"
     [ -x "$scratch/tree/opt/azure/sbin/azure-provisioning" ]
+    make install DESTDIR="$scratch/tree" PREFIX='/opt/my tools' IMPL=sh STEPS='ready disable'
+    [ -x "$scratch/tree/opt/my tools/sbin/azure-provisioning" ]
+    cd "$scratch/tree/etc/systemd/system"
+    grep -qx 'ExecStart="/opt/my tools/sbin/azure-provisioning"' azure-provisioning.service
+    grep -qx 'ExecStart="/opt/my tools/sbin/azure-provisioning" ready disable' azure-provisioning.service.d/steps.conf
 }
 
-@test "make install without IMPL installs nothing" {
-    run make install DESTDIR="$scratch/tree"
-    [ "$status" -ne 0 ]
-    [ ! -e "$scratch/tree" ]
-}
-
-@test "the unit passes systemd-analyze verify without a word" {
-    command -v systemd-analyze || skip 'no systemd-analyze'
-    make install DESTDIR="$scratch/tree" IMPL=sh
-    mkdir -p "$scratch/tree/usr/lib/systemd"
-    cp -r /lib/systemd/system "$scratch/tree/usr/lib/systemd/" # the targets it names
+verify() { # [ARGUMENT]...: install with these arguments of make, and verify the unit
+    [ -d "$scratch/tree/usr/lib/systemd/system" ] || {
+        mkdir -p "$scratch/tree/usr/lib/systemd"
+        cp -r /lib/systemd/system "$scratch/tree/usr/lib/systemd/" # the targets it names
+    }
+    make -s install DESTDIR="$scratch/tree" IMPL=sh "$@" >/dev/null 2>&1
     run --separate-stderr systemd-analyze verify --man=no --root="$scratch/tree" azure-provisioning.service
+}
+
+@test "the unit and each drop-in pass systemd-analyze verify without a word" {
+    command -v systemd-analyze || skip 'no systemd-analyze'
+    for steps in '' user password data publish remember 'user password data publish remember'; do
+        verify STEPS="$steps"
+        echo "$steps: $output$stderr"
+        [ "$status" -eq 0 ]
+        [ -z "$output$stderr" ]
+    done
+    verify STEPS=user PREFIX='/opt/my tools'
     [ "$status" -eq 0 ]
     [ -z "$output$stderr" ]
-    # and verify would have said something
-    echo Nonsense=1 >>"$scratch/tree/etc/systemd/system/azure-provisioning.service"
-    run --separate-stderr systemd-analyze verify --man=no --root="$scratch/tree" azure-provisioning.service
-    [ -n "$stderr" ]
+}
+
+@test "systemd-analyze verify finds what is wrong in the unit or a drop-in" {
+    command -v systemd-analyze || skip 'no systemd-analyze'
+    for name in azure-provisioning.service azure-provisioning.service.d/user.conf; do
+        verify STEPS=user
+        echo Nonsense=1 >>"$scratch/tree/etc/systemd/system/$name"
+        run --separate-stderr systemd-analyze verify --man=no --root="$scratch/tree" azure-provisioning.service
+        [ -n "$stderr" ]
+    done
 }
 
 @test "the unit's sandbox scores 1.5 or better" {
-    command -v systemd-analyze || skip 'no systemd-analyze'
-    systemd-analyze security --help | grep -q -e --threshold || skip 'systemd-analyze cannot score a file'
-    score() { systemd-analyze security --no-pager --offline=true --threshold=15 "$1"; }
-    score ./azure-provisioning.service
+    scores
+    score() { systemd-analyze security --no-pager --offline=true --threshold=15 "$scratch/azure-provisioning.service"; }
+    cp azure-provisioning.service "$scratch/" # beside the drop-ins, all of them would count
+    score
     # and it would have failed
     grep -v '^CapabilityBoundingSet=' azure-provisioning.service >"$scratch/azure-provisioning.service"
-    run score "$scratch/azure-provisioning.service"
+    run score
     [ "$status" -ne 0 ]
 }
 

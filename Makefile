@@ -50,8 +50,8 @@ UNIT = $(DESTDIR)$(UNITDIR)/azure-provisioning.service
 COMMAND = $(if $(word 2,$(BINARY)),"$(BINARY)",$(BINARY))
 
 # Each drop-in opens the sandbox for the step that it is named after.
-DROP_INS = $(wildcard azure-provisioning.service.d/*.conf)
-NEEDED_DROP_INS = $(filter $(STEPS:%=azure-provisioning.service.d/%.conf),$(DROP_INS))
+DROP_INS = $(wildcard drop-ins/*.conf)
+NEEDED_DROP_INS = $(filter $(STEPS:%=drop-ins/%.conf),$(DROP_INS))
 
 # A step before ready must give up before Azure does. Otherwise Azure is never told NotReady.
 LIMIT = Environment=AZURE_PROVISIONING_ATTEMPTS=900

@@ -25,7 +25,7 @@ from xml.etree import ElementTree
 sys.modules['ssl'] = None
 import http.client  # noqa: E402 - has to stand below that line
 
-VERSION = '1.0.0'
+VERSION = '2.0.0'
 
 USAGE = """\
 usage: azure-provisioning [-n | --dry-run] [STEP]...

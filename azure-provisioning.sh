@@ -18,7 +18,7 @@
 
 # shellcheck disable=SC3043 # local: dash, BusyBox ash, Bash and mksh have it
 
-VERSION=1.0.0
+VERSION=2.0.0
 
 USAGE='usage: azure-provisioning [-n | --dry-run] [STEP]...
        azure-provisioning -h | --help | --version

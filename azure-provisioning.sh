@@ -365,6 +365,10 @@ transfer_with_wget() {
         problem='reply too large'
         return
     fi
+    case $reply in
+    *' '[0-9][0-9][0-9]' '*) ;;
+    *) reply=' 000 killed' ;;
+    esac
     code=${reply##* }
     reply=${reply% *}
     status=${reply##* }

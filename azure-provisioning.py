@@ -3,7 +3,7 @@
 # azure-provisioning.sh is the same program in shell, with the same sections and functions.
 #
 # Arguments, settings and exit statuses: see USAGE. Errors: a step that fails says so on stderr.
-# Needs Python 3.6 and its standard library; -IS keeps other modules out, those of PYTHONPATH, say.
+# Needs Python 3.6 and its standard library. With -IS, Python imports no modules but these.
 # Sources: https://learn.microsoft.com/azure/virtual-machines/linux/no-agent for the WireServer,
 # .../linux/provisioning for the DVD, .../instance-metadata-service for IMDS.
 """Provision a Linux VM on Azure, once, on its first boot."""
@@ -21,7 +21,7 @@ import time
 import types
 from xml.etree import ElementTree
 
-# http.client imports ssl if it can: a quarter of all memory, for nothing. None: it cannot.
+# Here an import of ssl fails. http.client can do without it, and ssl takes a quarter of all memory.
 sys.modules['ssl'] = None
 import http.client  # noqa: E402 - has to stand below that line
 
@@ -32,8 +32,8 @@ usage: azure-provisioning [-n | --dry-run] [STEP]...
        azure-provisioning -h | --help | --version
 
 Provision this Linux VM on Azure. The steps run in the order given; the default
-is: ready hostname disable. The first step that fails ends the run. If ready has
-not run yet, but was going to, Azure is then told NotReady, with the reason.
+is: ready hostname disable. The first step that fails ends the run. If the step
+ready would still have followed, Azure is told NotReady, with the reason.
 
 steps:
   ready     report to Azure that this VM is Ready
@@ -73,9 +73,13 @@ settings = types.SimpleNamespace(
 )
 
 BODY_LIMIT = 65536  # bytes of a reply's body
-BYTES = 'latin-1'  # of texts with one character for each byte, whatever it stands for
-SPACE = ' \t\n\r'  # white space, as XML has it
-INVALID = '\1'  # stands for a text that must not be used: no check of a value accepts it
+ENOUGH_ABSENCES = 5  # so many times IMDS has to say that it has no such value
+SPACE = ' \t\n\r'  # the characters that are white space in XML
+
+# Texts from files and servers have one character for each byte, as in the shell: Latin-1 does that.
+BYTE_ENCODING = 'latin-1'
+# This character takes the place of a text that must not be used. No value with it is valid.
+INVALID = '\1'
 
 
 # ---- Messages and failures ---------------------------------------------------------------------
@@ -102,8 +106,8 @@ class Failed(Exception):
     """A step, or an attempt at a request, failed. The text is the reason, for a line on stderr.
 
     status: the HTTP status of the reply, if that is the reason.
-    absent: whether the reply of IMDS says that it has no such value.
-    last_attempt: why the last attempt failed, for those who do not see the lines before.
+    absent: whether IMDS said that it has no such value.
+    last_attempt: why the last attempt failed, to be added where Azure is told the reason.
     """
 
     def __init__(self, reason, status=0, absent=False, last_attempt=''):
@@ -114,7 +118,7 @@ class Failed(Exception):
 
 
 def end_program(status):
-    """End the program at once. sys.exit would write again what could not be written, and fail."""
+    """End the program. sys.exit would fail if something that was printed could not be written."""
     os._exit(status)
 
 
@@ -139,7 +143,7 @@ def main(arguments):
 
 
 def find_step(name):
-    """Return the function of a step, or None if there is no such step. This is the only table."""
+    """Return the function of a step, or None if there is no such step: the table of all steps."""
     return {
         'ready': report_ready,
         'hostname': set_hostname,
@@ -181,18 +185,18 @@ def read_settings():
 
 
 def read_url(name, default):
-    """Return a base URL, http://HOST[:PORT][/PATH], without a '/' at its end."""
+    """Return a base URL, without a '/' at its end; a usage error if it is not as below."""
     url = os.environ.get(name, default)
     host = '[A-Za-z0-9._~-]+'
     port = '[1-9][0-9]{0,4}'
     path = '(/[A-Za-z0-9._~:-]+)*/?'
-    if not re.fullmatch(f'http://{host}(:{port})?{path}', url):
+    if not re.fullmatch(f'http://{host}(:{port})?{path}', url):  # http://HOST[:PORT][/PATH]
         usage_error(f'bad {name}')
     return url.rstrip('/')
 
 
 def read_number(name, default, least):
-    """Return a whole number of up to six digits, without leading zeros."""
+    """Return a number of up to six digits, without leading zeros; a usage error if it is none."""
     number = os.environ.get(name, str(default))
     if not re.fullmatch('0|[1-9][0-9]{0,5}', number) or int(number) < least:
         usage_error(f'bad {name}')
@@ -229,41 +233,42 @@ def run_step(step):
 
 def has_command(name):
     """Whether there is such a program on PATH."""
-    return any(os.access(f'{folder}/{name}', os.X_OK) for folder in os.get_exec_path())
+    paths = [f'{folder}/{name}' for folder in os.get_exec_path()]
+    return any(os.path.isfile(path) and os.access(path, os.X_OK) for path in paths)
 
 
-def run(*command, line=None):
-    """Run a command that changes the system; in a dry run, print it, if there is such a program.
+def run(*command, input_line=None):
+    """Run a command that changes the system; return whether it is there and succeeds.
 
-    The line, which may be secret, is its input. Return whether the program is there and succeeds.
+    A dry run prints the command instead. The input line goes to its stdin, as it may be secret.
     """
     if not settings.dry_run:
-        return run_anyway(*command, line=line)
+        return run_always(*command, input_line=input_line)
     if not has_command(command[0]):
         return False
     say(f'Would run: {" ".join(command)}')
     return True
 
 
-def run_anyway(*command, line=None):
-    """Run a command, in a dry run, too; return whether the program is there and succeeds."""
-    standard_input = None if line is None else f'{line}\n'.encode(BYTES)
+def run_always(*command, input_line=None):
+    """Run a command as run does, but in a dry run, too: it changes nothing that stays."""
+    given = None if input_line is None else f'{input_line}\n'.encode(BYTE_ENCODING)
     try:
-        return subprocess.run(command, input=standard_input).returncode == 0
+        return subprocess.run(command, input=given).returncode == 0
     except OSError:
         return False
 
 
 def say_done(line):
-    """Print what has been changed, unless this is a dry run, in which nothing has."""
+    """Print that something has been changed; a dry run does not print it."""
     if not settings.dry_run:
         say(line)
 
 
 def write_file(path, mode, content, owner=None):
-    """Replace a file, or make a new one, in one step: nobody ever finds half of it.
+    """Replace a file, or make a new one. Nobody who reads it meanwhile finds half of it.
 
-    The owner is a pair of numbers; None is root. Raise Failed if the file cannot be written.
+    owner: the numbers of a user and a group; None is root. Raise Failed if it cannot be written.
     """
     if settings.dry_run:
         say(f'Would write {path}')
@@ -294,29 +299,30 @@ def remove_file(path):
 
 
 def exchange(label, url, headers, data=None, limit=BODY_LIMIT):
-    """Send a request, a POST if there are data, else a GET; return the reply's status and body.
+    """Send a POST with the data, or a GET without data; return the reply's status and body.
 
-    A GET wants status 200, a POST any 2xx. The body has at most as many bytes as the limit says.
-    All of it takes at most settings.timeout. Raise Failed otherwise, with the label and the reason.
+    Good is status 200, and for a POST any 2xx. The limit is that of the body, in bytes.
+    Raise Failed, with the label and the reason, also if it takes longer than settings.timeout.
     """
+    # 'timed out' is what remains if the thread does not come to its end in time.
     reply = types.SimpleNamespace(status=0, body=b'', problem='timed out', socket=None)
-    # A thread can be given up after a while. A time limit of the socket would not do: it says
-    # nothing of how long a name is looked up, and begins anew with each byte that is received.
+    # Only a thread can be left after a fixed time. A socket's timeout starts again with each byte,
+    # and the lookup of a host name has none.
     thread = threading.Thread(target=transfer, args=(url, headers, data, limit, reply), daemon=True)
     thread.start()
     thread.join(settings.timeout)
-    status, problem = reply.status, reply.problem
+    status, problem, body = reply.status, reply.problem, reply.body  # the thread may still go on
     hang_up(reply.socket)
-    is_good = status == 200 or (data and 200 <= status < 300)
-    if status and not is_good:  # this is the reason, whatever else is wrong with the reply
+    is_good = status == 200 or (data is not None and 200 <= status < 300)
+    if status != 0 and not is_good:  # a bad status says more than what went wrong behind it
         raise Failed(f'{label}: HTTP {status}', status)
     if problem:
         raise Failed(f'{label}: {problem}')
-    return status, reply.body
+    return status, body
 
 
 def hang_up(connected_socket):
-    """Close a connection, if there is one, so that a thread which still uses it ends."""
+    """Close a connection, if there is one. A thread that still waits for the server then ends."""
     if connected_socket:
         with contextlib.suppress(OSError):
             connected_socket.shutdown(socket.SHUT_RDWR)
@@ -325,9 +331,9 @@ def hang_up(connected_socket):
 def transfer(url, headers, data, limit, reply):
     """Do the work of exchange with http.client, which uses no proxy and follows no redirect.
 
-    Set reply.socket, status and body when they are known, and problem, '' if all is well.
+    Set reply.socket, status and body when they are known, and problem, '' if there is none.
     """
-    _, _, host, path = url.split('/', 3)
+    _, _, host_and_port, path = url.split('/', 3)  # http://HOST:PORT/PATH
     all_headers = {
         **headers,
         'User-Agent': f'azure-provisioning/{VERSION}',
@@ -336,7 +342,7 @@ def transfer(url, headers, data, limit, reply):
         'Connection': 'close',
     }
     try:
-        connection = http.client.HTTPConnection(host, timeout=settings.timeout)
+        connection = http.client.HTTPConnection(host_and_port, timeout=settings.timeout)
         connection.response_class = StrictResponse
         with contextlib.closing(connection):
             connection.connect()
@@ -349,7 +355,7 @@ def transfer(url, headers, data, limit, reply):
         reply.problem = 'timed out'
     except (OSError, OverflowError, UnicodeError):  # no connection, no such port, no such name
         reply.problem = 'broken reply' if reply.status else 'no connection'
-    except Exception:  # of http.client: what came is no HTTP
+    except Exception:  # http.client has several for what is not HTTP
         reply.problem = 'broken reply'
 
 
@@ -361,11 +367,12 @@ def read_body(response, limit, reply):
     if any(int(length) > limit for length in lengths):
         return 'reply too large'
     body = response.read(limit + 1)
-    if response.length:  # the number of bytes that are announced and did not come
+    missing = response.length  # of the bytes that were announced
+    if missing:
         return 'broken reply'
     if len(body) > limit:
         return 'reply too large'
-    # The shell cannot hold a NUL byte, so neither program uses a body that has one.
+    # The shell cannot hold a NUL byte, so both programs refuse all values of such a body.
     reply.body = INVALID.encode() if b'\0' in body else body
     return ''
 
@@ -385,11 +392,11 @@ class StrictResponse(http.client.HTTPResponse):
 
 
 def retry(step, function, *arguments, optional=False, attempts=None):
-    """Call the function until it does not raise Failed, and return its result; give up at last.
+    """Call the function until it does not raise Failed; return its result. Fail after all attempts.
 
-    A wait of 1 second follows the first attempt, then 2, 3 and so on, up to settings.interval.
-    IMDS may have no value that is optional. But it also says so for a moment while it starts:
-    return '' when it has said so five times in all, or at each attempt if there are fewer.
+    The wait after the first attempt is 1 second, then 2, 3 and so on, up to settings.interval.
+    optional: IMDS may say (404, 400) that it has no such value, but for a moment it says so of each
+    value. Believe it after ENOUGH_ABSENCES, or if all attempts end so, and return ''.
     """
     attempts = attempts or settings.attempts
     absences = 0
@@ -399,8 +406,9 @@ def retry(step, function, *arguments, optional=False, attempts=None):
         except Failed as failure:
             complain(f'{step}: attempt {attempt} of {attempts}: {failure}')
             reason = str(failure)
-            absences += failure.absent
-        if optional and absences == min(5, attempts):
+            if failure.absent:
+                absences += 1
+        if optional and absences in (ENOUGH_ABSENCES, attempts):
             return ''
         if attempt < attempts:
             time.sleep(min(attempt, settings.interval))
@@ -485,13 +493,16 @@ def read_xml(root_name, document):
 
 
 def find_text(root, path):
-    """Return the text of the first element at a path; '' if there is none, or no text in it."""
+    """Return the text of the first element at a path, '' if there is none.
+
+    INVALID stands for the text of an element that has elements in it.
+    """
     element = root.find(path)
-    if element is None or not element.text:
+    if element is None:
         return ''
-    if len(element):  # the text is only what stands before an element inside
+    if len(element) > 0:
         return INVALID
-    return element.text
+    return element.text or ''
 
 
 def squeeze(text):
@@ -506,7 +517,7 @@ def is_number(text):
 
 
 def is_id(text):
-    """Whether a text is visible ASCII, without what XML could not hold as it is."""
+    """Whether a text is visible ASCII, without the characters that have a meaning in XML."""
     return re.fullmatch('[!-~]+', text) is not None and re.search('[<>&"\']', text) is None
 
 
@@ -514,7 +525,7 @@ def is_id(text):
 
 
 def set_hostname():
-    """Set the hostname that the user chose; if there is none, the name of the VM's resource."""
+    """Set the hostname that the user chose, or the resource name if IMDS says there is none."""
     say('Retrieving hostname from IMDS')
     name = retry('hostname', request_text, 'osProfile/computerName', optional=True)
     if not name:
@@ -528,7 +539,7 @@ def set_hostname():
 
 
 def is_hostname(text):
-    """Whether a text is a hostname of up to 64 characters, with up to 63 between two dots."""
+    """Whether a text is a hostname. Linux takes 64 characters, DNS 63 without a dot among them."""
     longest = 64 if '.' in text else 63
     return (
         re.fullmatch('[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?', text) is not None
@@ -548,7 +559,7 @@ def set_kernel_hostname(name):
 
 
 def request_text(leaf):
-    """Request a value from IMDS, squeeze it, and return it. Raise Failed if it is empty."""
+    """Return a value from IMDS, squeezed. Raise Failed if it is empty, or cannot be had."""
     text = squeeze(request_leaf(leaf))
     if not text:
         raise Failed(f'{label_of(leaf)}: empty')
@@ -556,17 +567,18 @@ def request_text(leaf):
 
 
 def request_leaf(leaf, limit=BODY_LIMIT):
-    """Request a value from IMDS; return its text, which may be empty.
+    """Return a value from IMDS, which may be empty. A leaf is a value's path below "compute".
 
-    Raise Failed, with absent set, if IMDS says 404, or 400: it may be too old to know the value.
+    Raise Failed if it cannot be had; absent is true for status 404, and 400, of an IMDS that is
+    too old to know the value.
     """
-    version = '2019-06-01' if leaf == 'name' else '2021-02-01'
+    version = '2019-06-01' if leaf == 'name' else '2021-02-01'  # an old IMDS has at least the name
     url = f'{settings.imds}/metadata/instance/compute/{leaf}?api-version={version}&format=text'
     try:
         _, body = exchange(label_of(leaf), url, {'Metadata': 'true'}, limit=limit)
     except Failed as failure:
         raise Failed(str(failure), absent=failure.status in (400, 404)) from None
-    return body.decode(BYTES)
+    return body.decode(BYTE_ENCODING)
 
 
 def label_of(leaf):
@@ -598,7 +610,7 @@ def report_not_ready(reason):
     now = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
     agent = f'azure-provisioning/{VERSION}'
     text = f'result=error|reason={reason}|agent={agent}|vm_id={read_vm_id()}|timestamp={now}'
-    description = re.sub('[^ -~]', ' ', text[:512])  # other than visible ASCII
+    description = re.sub('[^ -~]', ' ', text[:512])  # ' ' to '~': ASCII that can be printed
     description = re.sub('[&<>]', ' ', description)
     details = (
         '<Details>'
@@ -625,14 +637,14 @@ def read_vm_id():
 def read_file(path):
     """Return the text of a file without line feeds at its end, '' if there is no such file.
 
-    Raise Failed if it cannot be read, or is no text: what is not understood must not be changed.
+    Raise Failed if it cannot be read, or is no text. A file that was not read must not be replaced.
     """
     if not os.path.lexists(path):
         return ''
     text = INVALID
     with contextlib.suppress(OSError):
         if os.path.isfile(path):  # opening a FIFO would take for ever
-            with open(path, encoding=BYTES, newline='') as file:
+            with open(path, encoding=BYTE_ENCODING, newline='') as file:
                 text = file.read()
     if INVALID in text or '\0' in text:
         raise Failed(f'cannot read {path}')
@@ -666,19 +678,19 @@ def create_user():
         shell = '/bin/bash' if os.access('/bin/bash', os.X_OK) else '/bin/sh'
         if not run('useradd', '-m', '-s', shell, name):
             run('adduser', '-D', '-s', shell, name)  # BusyBox's; whether it worked is seen below
-        if settings.dry_run:  # without an account, there is no more to look at
+        if settings.dry_run:  # the account is not there, so the rest cannot be tried
             return
     account = find_account(name)
     if not account:
         raise Failed('neither useradd nor adduser made the user')
-    let_keys_in(account)
+    unlock_account(account)
     if keys:
         authorize_keys(account, keys)
     grant_root(name)
 
 
 def is_user_name(text):
-    """Whether a text is a user name. sudo has other uses for ALL and its like."""
+    """Whether a text is a user name with a small letter: to sudo, ALL and its like are no names."""
     return (
         re.fullmatch('[A-Za-z_][A-Za-z0-9._-]{0,31}', text) is not None
         and re.search('[a-z]', text) is not None
@@ -694,22 +706,21 @@ def request_keys():
         if name not in (f'{number}/', str(number)) or number > 99:
             raise Failed('publicKeys: no valid list')
         text = retry('user', request_leaf, f'publicKeys/{number}/keyData', optional=True)
-        key = squeeze(remove('\r\n', text))  # Azure may break a key into lines
+        key = squeeze(remove_characters('\r\n', text))  # Azure may break a key into lines
         if is_ssh_key(key):
             say(f'SSH key: {key.split()[0]}')
             keys.append(key)
         else:
             complain(f'user: publicKeys/{number}: no OpenSSH public key')
     if not keys:
-        disabled = retry(
-            'user', request_leaf, 'osProfile/disablePasswordAuthentication', optional=True
-        )
-        if squeeze(disabled) != 'false':
+        leaf = 'osProfile/disablePasswordAuthentication'
+        no_passwords = squeeze(retry('user', request_leaf, leaf, optional=True))
+        if no_passwords != 'false':
             raise Failed('no valid SSH key, and no password')
     return keys
 
 
-def remove(characters, text):
+def remove_characters(characters, text):
     """Return a text without these characters."""
     return re.sub(f'[{characters}]', '', text)
 
@@ -724,30 +735,32 @@ def is_ssh_key(text):
 
 
 def has_control_character(text):
-    """Whether there is one in a text."""
+    """Whether a text has a control character in it."""
     return re.search('[\0-\37\177]', text) is not None
 
 
 def find_account(name):
     """Return a user's account, None if there is none.
 
-    password: the field in /etc/shadow, or in /etc/passwd if the user has no line there.
+    password_field: that in /etc/shadow, or in /etc/passwd if the user has no line in the former.
     owner: the numbers of the user and of its group. home: the path of its home.
     """
-    fields = find_line('/etc/passwd', name)
+    fields = find_fields('/etc/passwd', name)
     if not fields:
         return None
     if not is_number(fields[2]) or not is_number(fields[3]):
         raise Failed(f'/etc/passwd: no valid line for {name}')
     return types.SimpleNamespace(
         name=name,
-        password=(find_line('/etc/shadow', name) or fields)[1],
+        password_field=(find_fields('/etc/shadow', name) or fields)[1],
         owner=(int(fields[2]), int(fields[3])),
-        home=os.fsdecode(fields[5].encode(BYTES)),  # as Python writes paths
+        home=os.fsdecode(
+            fields[5].encode(BYTE_ENCODING)
+        ),  # Python has an encoding of its own for paths
     )
 
 
-def find_line(path, name):
+def find_fields(path, name):
     """Return the fields of the first line of /etc/passwd or /etc/shadow for a user, or None."""
     for line in read_file(path).split('\n'):
         if line.startswith(f'{name}:'):
@@ -755,14 +768,16 @@ def find_line(path, name):
     return None
 
 
-def let_keys_in(account):
-    """Unlock an account without giving it a password: '*' in the place of one that begins with '!'.
+def unlock_account(account):
+    """Have sshd accept keys for an account that is locked: without PAM, it refuses them.
 
-    Without PAM, sshd takes no key for an account that is locked with '!'.
+    An account is locked by a '!' at the beginning of its password field. With '*' as the whole
+    field, the account is not locked, and no password fits.
     """
-    if account.password.startswith('!'):
+    if account.password_field.startswith('!'):
         name = account.name
-        if not run('chpasswd', '-e', line=f'{name}:*') and not run('usermod', '-p', '*', name):
+        unlocked = run('chpasswd', '-e', input_line=f'{name}:*')
+        if not unlocked and not run('usermod', '-p', '*', name):
             raise Failed('chpasswd failed')
 
 
@@ -776,18 +791,19 @@ def authorize_keys(account, keys):
     text = read_file(path)
     lines = text.split('\n') if text else []
     for key in keys:
-        type_and_blob = ' '.join(key.split(' ')[:2]) + ' '  # without the comment
-        if not any(f'{line} '.startswith(type_and_blob) for line in lines):
+        type_and_blob = key.split(' ')[:2]  # without the comment
+        if not any(line.split(' ')[:2] == type_and_blob for line in lines):
             lines.append(key)
     content = ''.join(f'{line}\n' for line in lines)
-    write_file(path, 0o600, content.encode(BYTES), account.owner)
+    write_file(path, 0o600, content.encode(BYTE_ENCODING), account.owner)
 
 
 def make_ssh_folder(account, folder):
     """Make the folder of the keys, and the home if it is missing, with modes that sshd accepts."""
-    owner = '{}:{}'.format(*account.owner)
+    uid, gid = account.owner
+    owner = f'{uid}:{gid}'
     commands = []
-    if not os.path.isdir(account.home):  # a run was cut off after it had made the account
+    if not os.path.isdir(account.home):  # useradd was interrupted, or did not make it
         commands += [('mkdir', '-p', account.home), ('chown', owner, account.home)]
     commands += [
         ('mkdir', '-p', folder),
@@ -802,21 +818,22 @@ def make_ssh_folder(account, folder):
 
 def grant_root(name):
     """Let the user become root without a password, with sudo or doas, if one accepts the rule."""
-    sudo_rule = f'{name} ALL=(ALL:ALL) NOPASSWD:ALL'
-    doas_path = '/etc/doas.conf'
+    rule = f'{name} ALL=(ALL:ALL) NOPASSWD:ALL'
+    if run('visudo', '-q', '-c', '-f', '-', input_line=rule):
+        write_file('/etc/sudoers.d/azure-provisioning', 0o440, f'{rule}\n'.encode())
+        return
+    path = '/etc/doas.conf'
     if os.path.isdir('/etc/doas.d'):
-        doas_path = '/etc/doas.d/azure-provisioning.conf'
-    doas_rules = add_last_line(read_file(doas_path), f'permit nopass {name}')
-    if run('visudo', '-q', '-c', '-f', '-', line=sudo_rule):
-        write_file('/etc/sudoers.d/azure-provisioning', 0o440, f'{sudo_rule}\n'.encode())
-    elif run('doas', '-C', '/dev/stdin', line=doas_rules):
-        write_file(doas_path, 0o440, f'{doas_rules}\n'.encode(BYTES))
-    else:  # there may be neither; the user can log in all the same
-        complain(f'user: neither sudo nor doas takes a rule for {name}')
+        path = '/etc/doas.d/azure-provisioning.conf'
+    rules = add_last_line(read_file(path), f'permit nopass {name}')
+    if run('doas', '-C', '/dev/stdin', input_line=rules):
+        write_file(path, 0o440, f'{rules}\n'.encode(BYTE_ENCODING))
+        return
+    complain(f'user: neither sudo nor doas takes a rule for {name}')  # it can log in all the same
 
 
 def add_last_line(text, line):
-    """Return a text that ends with the line. doas goes by the last of its rules that fits."""
+    """Return a text with the line as its last one, where doas looks first."""
     if text == '' or text == line:
         return line
     if text.endswith(f'\n{line}'):
@@ -830,7 +847,7 @@ def add_last_line(text, line):
 DVD_FOLDER = '/run/azure-provisioning/dvd'
 OVF_FILE = f'{DVD_FOLDER}/ovf-env.xml'
 DVD_ATTEMPTS = 5
-DATA_LIMIT = 122880  # bytes: 64 KiB in base64, with room for line breaks
+DATA_LIMIT = 122880  # bytes, of ovf-env.xml or user data: room for 64 KiB in base64
 OVF_PATH = 'ProvisioningSection/LinuxProvisioningConfigurationSet'
 
 
@@ -840,7 +857,7 @@ def request_dvd():
     document = b''
     with contextlib.suppress(OSError), open(OVF_FILE, 'rb') as file:
         document = file.read(DATA_LIMIT + 1)
-    run_anyway('umount', DVD_FOLDER)  # if it stays mounted, mount_dvd finds the file there
+    run_always('umount', DVD_FOLDER)  # if it fails, the next mount_dvd finds the DVD mounted
     if not document:
         raise Failed('ovf-env.xml: cannot be read')
     root = read_xml('Environment', document)
@@ -850,12 +867,12 @@ def request_dvd():
 
 
 def mount_dvd():
-    """Mount the DVD where only root can see it, unless it is still mounted since an earlier try."""
+    """Mount the DVD where only root can see it, unless it is mounted: an umount may have failed."""
     mount = ['mount', '-t', 'udf,iso9660', '-o', 'ro,nosuid,nodev,noexec', '/dev/sr0', DVD_FOLDER]
-    run_anyway('mkdir', '-p', DVD_FOLDER)
+    run_always('mkdir', '-p', DVD_FOLDER)
     if os.path.exists(OVF_FILE):
         return
-    if not os.path.exists('/dev/sr0') or not run_anyway(*mount):
+    if not os.path.exists('/dev/sr0') or not run_always(*mount):
         raise Failed('ovf-env.xml: no DVD')
 
 
@@ -872,38 +889,39 @@ def set_password():
     name = squeeze(find_text(root, f'{OVF_PATH}/UserName'))
     if not is_user_name(name):
         raise Failed('no valid user name')
-    password = find_text(root, f'{OVF_PATH}/UserPassword').encode().decode(BYTES)
-    if has_control_character(password) or len(password) > 72:
+    password = find_text(root, f'{OVF_PATH}/UserPassword')
+    password = password.encode().decode(BYTE_ENCODING)  # one character for each byte of UTF-8
+    if has_control_character(password) or len(password) > 72:  # as long as Azure allows
         raise Failed('no valid password')
     if password:
-        if not run('chpasswd', line=f'{name}:{password}'):
+        if not run('chpasswd', input_line=f'{name}:{password}'):
             raise Failed('chpasswd failed')
         say_done('Password set')
-    disabled = squeeze(find_text(root, f'{OVF_PATH}/DisableSshPasswordAuthentication')).lower()
-    if disabled in ('true', 'false') and os.path.isfile(SSHD_CONFIG):
-        configure_sshd('no' if disabled == 'true' else 'yes')
+    no_passwords = squeeze(find_text(root, f'{OVF_PATH}/DisableSshPasswordAuthentication')).lower()
+    if no_passwords in ('true', 'false') and os.path.isfile(SSHD_CONFIG):
+        configure_sshd('no' if no_passwords == 'true' else 'yes')
 
 
-def configure_sshd(answer):
-    """Have sshd take passwords, or not, at both of its prompts, by the first lines of its file.
+def configure_sshd(yes_or_no):
+    """Have sshd ask for passwords, or not, in both of the ways that it has.
 
-    sshd goes by the first line of each setting.
+    Of several lines for one setting, sshd takes the first: the two lines are put at the top.
     """
     keywords = ('PasswordAuthentication ', 'KbdInteractiveAuthentication ')
     lines = read_file(SSHD_CONFIG).split('\n')
-    while lines and lines[0].startswith(keywords):  # of an earlier run, or as good as one
+    while lines and lines[0].startswith(keywords):  # those of an earlier run go
         del lines[0]
-    lines = [keyword + answer for keyword in keywords] + lines
+    lines = [keyword + yes_or_no for keyword in keywords] + lines
     content = '\n'.join(lines).rstrip('\n') + '\n'
-    write_file(SSHD_CONFIG, 0o644, content.encode(BYTES))
-    say_done(f'PasswordAuthentication: {answer}')
+    write_file(SSHD_CONFIG, 0o644, content.encode(BYTE_ENCODING))
+    say_done(f'PasswordAuthentication: {yes_or_no}')
     reload_sshd()
 
 
 def reload_sshd():
-    """Have sshd read its configuration again, if it is running. If none is, there is no need."""
-    reload = ['systemctl', 'try-reload-or-restart']
-    if not run(*reload, 'sshd.service') and not run(*reload, 'ssh.service'):
+    """Have sshd read its configuration again, if it is running. If not, it will at its start."""
+    reload_unit = ['systemctl', 'try-reload-or-restart']
+    if not run(*reload_unit, 'sshd.service') and not run(*reload_unit, 'ssh.service'):
         run('rc-service', '--ifstarted', 'sshd', 'reload')
 
 
@@ -917,18 +935,19 @@ def save_data():
     """Save the user data, from IMDS, and the custom data, from the DVD if that can be read."""
     say('Retrieving user data from IMDS')
     user_data = retry('data', request_leaf, 'userData', DATA_LIMIT, optional=True)
-    save('userData', f'{STATE_FOLDER}/user-data', user_data)
+    save_decoded('userData', f'{STATE_FOLDER}/user-data', user_data)
     say('Retrieving custom data from the DVD')
     try:
         root = retry('data', request_dvd, attempts=DVD_ATTEMPTS)
     except Failed:
         return
-    save('customData', f'{STATE_FOLDER}/custom-data', find_text(root, f'{OVF_PATH}/CustomData'))
+    custom_data = find_text(root, f'{OVF_PATH}/CustomData')
+    save_decoded('customData', f'{STATE_FOLDER}/custom-data', custom_data)
 
 
-def save(label, path, text):
-    """Write to a file what a text is in base64. Without a text, remove the file, of another VM."""
-    text = remove(SPACE, text)
+def save_decoded(label, path, text):
+    """Decode a text from base64 into a file. If it is empty, remove the file: an earlier VM's."""
+    text = remove_characters(SPACE, text)
     if not is_base64(text):
         raise Failed(f'{label}: no base64')
     if text:
@@ -941,9 +960,9 @@ def save(label, path, text):
 
 
 def is_base64(text):
-    """Whether a text is base64 with its padding, and encodes bytes, without bits left over."""
+    """Whether a text is base64 as an encoder writes it: padded, and no bits left over."""
     try:
-        return base64.b64encode(base64.b64decode(text)) == text.encode(BYTES)
+        return base64.b64encode(base64.b64decode(text)) == text.encode(BYTE_ENCODING)
     except ValueError:
         return False
 
@@ -966,8 +985,10 @@ def find_interface():
     for line in read_file('/proc/self/net/route').split('\n'):
         # Interface, destination, gateway, flags, references, use, metric, mask and more
         fields = line.split()
-        if len(fields) > 7 and fields[1] == '00000000' and fields[7] == '00000000':
-            return fields[0]
+        if len(fields) >= 8:
+            interface, destination, mask = fields[0], fields[1], fields[7]
+            if destination == '00000000' and mask == '00000000':
+                return interface
     return ''
 
 
@@ -983,9 +1004,9 @@ def renew_lease(interface):
 
 
 def renew_with_dhclient(interface):
-    """Renew the lease with a second dhclient, as the first one takes no orders, and end it.
+    """Ask with a second dhclient: the first one cannot be told to renew. Then end the second one.
 
-    The script /bin/true has it leave the interface alone.
+    /bin/true, which does nothing, is its script, so that it leaves the interface as it is.
     """
     renewed = run('dhclient', '-1', '-q', '-sf', '/bin/true', interface)
     return renewed and run('dhclient', '-x', '-q', interface)

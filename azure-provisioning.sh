@@ -3,18 +3,21 @@
 # azure-provisioning.py is the same program in Python, with the same sections and functions.
 #
 # Arguments, settings and exit statuses: see USAGE. Errors: a step that fails says so on stderr.
-# Needs sleep, and curl, or wget with timeout, head and tr. If hostnamectl fails, it also needs
-# chmod, mkdir, mv and rm; the steps beyond the default run need base64, chown, date and tr, too.
+# Needs sleep, and curl; or wget, with timeout, head and tr. If hostnamectl fails, it needs chmod,
+# hostname, mkdir, mv and rm. The steps beyond the default run also need base64, chown, date and tr.
 # Sources: https://learn.microsoft.com/azure/virtual-machines/linux/no-agent for the WireServer,
 # .../linux/provisioning for the DVD, .../instance-metadata-service for IMDS.
 #
 # How to read this file:
-# - UPPERCASE: settings and constants. A function sees the local variables of those that call it.
-# - A function hands over texts in variables that are not local: most in $value, the others in those
-#   that the comment above it names.
-# - A function that fails sets $reason, for the message, and returns 1. `fail` does both:
+# - UPPERCASE variables are settings and constants.
+# - A local variable can also be used by the functions that are called; their comments say "its $x".
+# - The comment above a function names the other variables that it sets for its caller. A function
+#   that finds or makes one text sets $value.
+# - A function "can fail": it sets $reason, for the message, and returns 1. `fail` does both:
 #       CHECK || fail 'the reason' || return
-#   Functions that only find out or try something return 1 without a $reason; their comments say so.
+# - Other functions answer a question, or try something: they return 0 or 1, and set no $reason.
+# - A text is split with a local IFS. The functions that are called while it is set do not split, or
+#   have an IFS of their own.
 
 # shellcheck disable=SC3043 # local: dash, BusyBox ash, Bash and mksh have it
 
@@ -24,8 +27,8 @@ USAGE='usage: azure-provisioning [-n | --dry-run] [STEP]...
        azure-provisioning -h | --help | --version
 
 Provision this Linux VM on Azure. The steps run in the order given; the default
-is: ready hostname disable. The first step that fails ends the run. If ready has
-not run yet, but was going to, Azure is then told NotReady, with the reason.
+is: ready hostname disable. The first step that fails ends the run. If the step
+ready would still have followed, Azure is told NotReady, with the reason.
 
 steps:
   ready     report to Azure that this VM is Ready
@@ -62,13 +65,16 @@ INTERVAL=${AZURE_PROVISIONING_INTERVAL-5} # seconds
 TIMEOUT=${AZURE_PROVISIONING_TIMEOUT-30}  # seconds
 DRY_RUN=
 
-BODY_LIMIT=65536 # bytes of a reply's body
+BODY_LIMIT=65536  # bytes of a reply's body
+ENOUGH_ABSENCES=5 # so many times IMDS has to say that it has no such value
 NEWLINE='
 '
 CARRIAGE_RETURN=$(printf '\r')
-SPACE=$(printf ' \t\n\r') # white space, as XML has it
+SPACE=$(printf ' \t\n\r') # the characters that are white space in XML
 BYTE_ORDER_MARK=$(printf '\357\273\277')
-INVALID=$(printf '\001') # stands for a text that must not be used: no check of a value accepts it
+
+# This character takes the place of a text that must not be used. No value with it is valid.
+INVALID=$(printf '\001')
 
 # ---- Messages and failures ---------------------------------------------------------------------
 
@@ -104,15 +110,14 @@ main() {
     umask 077
     trap '' PIPE # go on if nobody reads the output
     parse_arguments "$@"
-    read_settings
+    check_settings
     if has_word remember "$steps" && is_remembered; then
         return 0
     fi
     run_steps
 }
 
-# find_step NAME: sets $function to the function of a step; returns 1 if there is no such step.
-# This is the only table.
+# find_step NAME: sets $function to the function of a step, or returns 1: the table of all steps
 find_step() {
     case $1 in
     ready) function=report_ready ;;
@@ -154,8 +159,8 @@ parse_arguments() {
     steps=${steps:-ready hostname disable}
 }
 
-# read_settings: check the settings, and take the '/' from the end of the URLs
-read_settings() {
+# check_settings: check the settings, and take the '/' from the end of the URLs
+check_settings() {
     check_url AZURE_PROVISIONING_WIRESERVER "$WIRESERVER"
     check_url AZURE_PROVISIONING_IMDS "$IMDS"
     check_number AZURE_PROVISIONING_ATTEMPTS "$ATTEMPTS" 1
@@ -165,7 +170,7 @@ read_settings() {
     IMDS=${IMDS%/}
 }
 
-# check_url NAME URL: a usage error if it is no base URL, http://HOST[:PORT][/PATH]
+# check_url NAME URL: a usage error if the base URL is not http://HOST[:PORT][/PATH]
 check_url() {
     local address="${2#http://}"
     case $2 in
@@ -182,7 +187,7 @@ check_url() {
     esac
 }
 
-# check_number NAME NUMBER LEAST: a usage error if it is no number of up to six digits without
+# check_number NAME NUMBER LEAST: a usage error if it is no number of up to six digits, without
 # leading zeros
 check_number() {
     case $2 in
@@ -208,8 +213,10 @@ run_steps() {
     done
 }
 
-# run_step STEP: run a step, or fails; sets $last_attempt, for those who do not see the lines before
+# run_step STEP: run a step; can fail. It may set $last_attempt, why the last attempt failed, to be
+# added where Azure is told the reason.
 run_step() {
+    reason='unknown error' # in case that a function returns 1 by mistake
     last_attempt=''
     find_step "$1"
     "$function"
@@ -230,13 +237,11 @@ has_command() {
     command -v "$1" >/dev/null
 }
 
-# run COMMAND [ARGUMENT]...: run a command that changes the system; in a dry run, print it, if
-# there is such a program. Returns 1 if there is none, or if it returns another status than 0.
+# run COMMAND [ARGUMENT]...: run a command that changes the system; returns whether it is there and
+# succeeds. A dry run prints the command instead.
 run() {
-    local IFS=' ' # between the words of $*
-    if ! has_command "$1"; then
-        return 1
-    fi
+    local IFS=' ' # stands between the words of $*
+    has_command "$1" || return 1
     if [ -n "$DRY_RUN" ]; then
         say "Would run: $*"
         return
@@ -244,13 +249,13 @@ run() {
     "$@" || return 1
 }
 
-# say_done LINE: print what has been changed, unless this is a dry run, in which nothing has
+# say_done LINE: print that something has been changed; a dry run does not print it
 say_done() {
     [ -n "$DRY_RUN" ] || say "$1"
 }
 
 # write_file FILE MODE OWNER COMMAND [ARGUMENT]...: replace a file, or make a new one, by what the
-# command prints, in one step: nobody ever finds half of it. OWNER is UID:GID, or '' for root. Can
+# command prints. Nobody who reads it meanwhile finds half of it. OWNER is UID:GID; '' is root. Can
 # fail.
 write_file() {
     local file="$1" mode="$2" owner="$3"
@@ -265,8 +270,7 @@ write_file() {
     fi
 }
 
-# write_new_file COMMAND [ARGUMENT]...: do the work of write_file, with its $file, $mode and $owner;
-# returns 1 if that is not possible
+# write_new_file COMMAND [ARGUMENT]...: do the work of write_file, with its $file, $mode and $owner
 write_new_file() {
     mkdir -p "${file%/*}" || return 1
     if [ -d "$file" ]; then # mv would put the new file into it
@@ -284,175 +288,162 @@ write_new_file() {
 
 # ---- HTTP --------------------------------------------------------------------------------------
 
-# exchange LABEL URL DATA LIMIT [--header HEADER]...: send a request, a POST if there are data, else
-# a GET; sets $status, 000 without a reply, and $body. Fails with the label.
+# exchange LABEL URL DATA LIMIT [--header HEADER]...: send a POST with the data, or a GET if they
+# are ''; sets $status of the reply, 000 without one, and $body. Can fail: the reason has the
+# label.
 #
-# A GET wants status 200, a POST any 2xx. The body has at most as many bytes as the limit says.
-# All of it takes at most TIMEOUT.
+# Good is status 200, and for a POST any 2xx. The limit is that of the body, in bytes.
 exchange() {
-    local label="$1" url="$2" data="$3" limit="$4" problem=''
+    local label="$1" url="$2" data="$3" limit="$4" problem
     shift 4
-    status=000
     set -- "$@" \
         --header "User-Agent: azure-provisioning/$VERSION" \
         --header 'Accept: */*' \
         --header 'Accept-Encoding: identity' \
         --header 'Connection: close'
     if has_command curl; then
-        transfer_with_curl "$@"
+        { take_reply "$(send_with_curl "$@")"; } 2>/dev/null
     elif has_command wget; then
-        transfer_with_wget "$@"
+        # head ends what has no end. The shell would drop a NUL byte: tr makes it INVALID.
+        take_reply "$(send_with_wget "$@" 2>/dev/null |
+            head -c $((limit + 100)) |
+            tr '\000' "$INVALID")"
     else
-        hopeless=yes # see retry
+        status=000
         problem='no curl or wget'
+        hopeless=yes # see retry
     fi
-    case $status in # a bad one is the reason, whatever else is wrong with the reply
+    case $status in # a bad status says more than what went wrong behind it
     000 | 200) ;;
     2??) [ -n "$data" ] || fail "$label: HTTP $status" || return ;;
     *) fail "$label: HTTP $status" || return ;;
     esac
-    [ -z "$problem" ] || fail "$label: $problem"
+    [ "$problem" = none ] || fail "$label: $problem"
 }
 
-# transfer_with_curl [--header HEADER]...: do the work of exchange, with its $url, $data and $limit.
-# Sets $status, $body, and $problem, which is '' if all is well.
-transfer_with_curl() {
-    local reply size code bytes_a_second
+# send_with_curl [--header HEADER]...: send a request to its $url, with its $data. Prints the
+# reply's body and three lines, for take_reply:
+#     STATUS, 000 without a reply
+#     SIZE of the body
+#     PROBLEM, or none
+send_with_curl() {
+    local bytes_a_second
     [ -z "$data" ] || set -- "$@" --data-binary "$data"
-    # Before curl 8.4, --max-filesize does not end a body whose length is not announced. This rate
-    # does: a little more than four times the limit comes within TIMEOUT.
+    # Before curl 8.4, --max-filesize does not stop a body whose size is not announced. So slow a
+    # transfer stops in time: four times the limit takes TIMEOUT.
     bytes_a_second=$((4 * limit / TIMEOUT + 4096))
-    # What curl prints is: BODY STATUS SIZE
-    { reply=$(curl -q --silent --fail --noproxy '*' --proto =http --max-time "$TIMEOUT" \
+    curl -q --silent --fail --noproxy '*' --proto =http --max-time "$TIMEOUT" \
         --max-filesize "$limit" --limit-rate "$bytes_a_second" \
-        --write-out ' %{http_code} %{size_download}' "$@" "$url"); } 2>/dev/null
-    code=$?
-    case $reply in
-    *' '[0-9][0-9][0-9]' '[0-9]*) ;;
-    *) reply=' 000 0' ;; # curl was killed
+        --write-out '\n%{http_code}\n%{size_download}\n' "$@" "$url"
+    case $? in
+    0 | 22) echo none ;; # 22: --fail says that the status is bad
+    28) echo 'timed out' ;;
+    63) echo 'reply too large' ;;
+    1 | 8) echo 'broken reply' ;; # it is not HTTP
+    *) echo 'no connection' ;;
     esac
-    size=${reply##* }
-    reply=${reply% *}
-    status=${reply##* }
-    body=${reply% *}
-    case $code in         # curl's exit status
-    0 | 22) problem='' ;; # 22: --fail ended it, because of a bad status
-    28) problem='timed out' ;;
-    63) problem='reply too large' ;;
-    1 | 8 | 27) problem='broken reply' ;; # what came is no HTTP
-    *) problem=$(describe_loss) ;;
-    esac
-    if [ "$size" -gt "$limit" ]; then
-        problem='reply too large'
-    fi
-    if [ "${#body}" -ne "$size" ]; then # the shell has dropped a NUL byte
-        body=$INVALID
-    fi
 }
 
-# transfer_with_wget [--header HEADER]...: as transfer_with_curl, with the wget of GNU or of BusyBox
-transfer_with_wget() {
-    local reply code most=$((limit + 12)) # bytes of a reply, with the two numbers at its end
+# send_with_wget [--header HEADER]...: the same with wget, of GNU or of BusyBox. It does not know
+# the SIZE, which is empty then.
+send_with_wget() {
+    local said code status=000
     [ -z "$data" ] || set -- "$@" --post-data "$data"
     case $(wget --help 2>&1) in
-    *--max-redirect*) set -- --no-config --tries=1 --max-redirect=0 "$@" ;; # GNU's has these
+    *--max-redirect*) set -- --no-config --tries=1 --max-redirect=0 "$@" ;; # only GNU's has these
     esac
-    # What run_wget prints is: BODY STATUS CODE. tr makes a NUL byte, which the shell would drop, an
-    # INVALID.
-    reply=$(run_wget "$@" 2>/dev/null | head -c "$most" | tr '\000' "$INVALID")
-    if [ "${#reply}" -eq "$most" ]; then # head has cut off the end
-        status=200
-        problem='reply too large'
-        return
-    fi
-    case $reply in
-    *' '[0-9][0-9][0-9]' '*) ;;
-    *) reply=' 000 killed' ;;
+    # wget's stdout, the body, becomes our stdout, by way of 3. Its stderr is caught in a variable.
+    { said=$(timeout "$TIMEOUT" wget -q -S -Y off -O - "$@" "$url" 2>&1 >&3); } 3>&1
+    code=$?
+    case $said in # it shows the reply's head, with two spaces before each line
+    *'  HTTP/1.'?' '[1-9][0-9][0-9]*) status=${said#*'  HTTP/1.'? } ;;
     esac
-    code=${reply##* }
-    reply=${reply% *}
-    status=${reply##* }
-    body=${reply% *}
-    case $code in
-    0) problem='' ;;
-    no-http) problem='broken reply' ;;
-    124 | 143) problem='timed out' ;; # the exit status of timeout, of coreutils and of BusyBox
-    *) problem=$(describe_loss) ;;
+    printf '\n%.3s\n\n' "$status" # its first three characters
+    case $status:$code:$said in
+    000:0:* | 000:*:*'  '*) echo 'broken reply' ;; # it is not HTTP
+    *:0:*) echo none ;;
+    *:124:* | *:143:*) echo 'timed out' ;; # timeout's status: coreutils, BusyBox
+    *) echo 'no connection' ;;
+    esac
+}
+
+# take_reply REPLY: take apart what one of these printed; sets $status, $body and $problem
+take_reply() {
+    local rest="$1" size
+    problem=${rest##*"$NEWLINE"}
+    rest=${rest%"$NEWLINE"*}
+    size=${rest##*"$NEWLINE"}
+    rest=${rest%"$NEWLINE"*}
+    status=${rest##*"$NEWLINE"}
+    body=${rest%"$NEWLINE"*}
+    case $status:$size in
+    [0-9][0-9][0-9]: | [0-9][0-9][0-9]:*[0-9]) ;;
+    *) # the end is missing: head has cut it off, or the client was killed
+        status=000
+        problem='no connection'
+        if [ "${#1}" -gt "$limit" ]; then
+            status=200
+            problem='reply too large'
+        fi
+        ;;
     esac
     if [ "${#body}" -gt "$limit" ]; then
         problem='reply too large'
+    elif [ "$problem" = 'no connection' ] && [ "$status" != 000 ]; then
+        problem='broken reply' # the connection was lost behind the status
     fi
-}
-
-# run_wget [OPTION]...: for transfer_with_wget: print the body of the reply from $url, its status,
-# and the exit status
-run_wget() {
-    local said code status=000
-    # The body goes to stdout, by way of 3, and what else wget says goes into a variable.
-    { said=$(timeout "$TIMEOUT" wget -q -S -Y off -O - "$@" "$url" 2>&1 >&3); } 3>&1
-    code=$?
-    case $said in # wget puts two spaces before the lines of the reply
-    *'  HTTP/1.'?' '[1-9][0-9][0-9]*) status=${said#*'  HTTP/1.'? } ;;
-    *'  '*) code=no-http ;;
-    esac
-    printf ' %.3s %s' "$status" "$code" # %.3s: three characters
-}
-
-# describe_loss: print what the end of a connection means, before there was a $status or after it
-describe_loss() {
-    case $status in
-    000) say 'no connection' ;;
-    *) say 'broken reply' ;;
-    esac
+    if [ -n "$size" ] && [ "$size" != "${#body}" ]; then
+        body=$INVALID # there was a NUL byte in it, which the shell drops
+    fi
 }
 
 # ---- Attempts ----------------------------------------------------------------------------------
 
 # retry STEP ATTEMPTS required|optional COMMAND [ARGUMENT]...: call the command until it does not
-# fail. Fails after so many attempts, with $last_attempt: why the last one failed.
+# fail. Can fail, after all attempts, or if the command has set $hopeless.
 #
-# A wait of 1 second follows the first attempt, then 2, 3 and so on, up to INTERVAL. IMDS may have
-# no value that is optional. But it also says so ($absent) for a moment while it starts: $value is
-# '' when it has said so five times in all, or at each attempt if there are fewer. What is
-# $hopeless is not tried again.
+# The wait after the first attempt is 1 second, then 2, 3 and so on, up to INTERVAL.
+# optional: IMDS may say (404, 400) that it has no such value, but for a moment it says so of each
+# value. Believe it after ENOUGH_ABSENCES, or if all attempts end so, and set $value to ''.
 retry() {
-    local step="$1" attempts="$2" kind="$3" attempt=1 absences=0 enough=5
+    local step="$1" attempts="$2" kind="$3" attempt=0 absences=0
     shift 3
-    if [ "$attempts" -lt 5 ]; then
-        enough=$attempts
-    fi
     while :; do
-        absent=''
-        hopeless=''
+        attempt=$((attempt + 1))
+        absent=''   # request_leaf sets it
+        hopeless='' # exchange sets it
         if "$@"; then
             return
         fi
         complain "$step: attempt $attempt of $attempts: $reason"
-        if [ "$kind" = optional ] && [ -n "$absent" ]; then
+        if [ -n "$absent" ]; then
             absences=$((absences + 1))
-            if [ "$absences" -eq "$enough" ]; then
+        fi
+        if [ "$kind" = optional ]; then
+            case $absences in
+            "$ENOUGH_ABSENCES" | "$attempts")
                 value=''
                 return
-            fi
+                ;;
+            esac
         fi
         if [ "$attempt" -eq "$attempts" ] || [ -n "$hopeless" ]; then
             last_attempt=": $reason"
             fail "gave up after $attempt attempts" || return
         fi
         sleep $((attempt < INTERVAL ? attempt : INTERVAL))
-        attempt=$((attempt + 1))
     done
 }
 
 # ---- Step ready: the goal state and the health report ------------------------------------------
 
-# report_ready: report to the WireServer that this VM is Ready, or fails
+# report_ready: report to the WireServer that this VM is Ready; can fail
 report_ready() {
     say 'Retrieving goal state from the Wireserver'
     retry ready "$ATTEMPTS" required report_health Ready ''
 }
 
-# report_health STATE DETAILS: request the goal state, and send a health report for it, or fails.
+# report_health STATE DETAILS: request the goal state, and send a health report for it; can fail
 #
 # Both belong to one attempt, as the WireServer refuses a report for an old incarnation.
 report_health() {
@@ -480,7 +471,7 @@ report_health() {
     say "Response: $status"
 }
 
-# request_goal_state: sets $incarnation, $container_id and $instance_id, or fails
+# request_goal_state: sets $incarnation, $container_id and $instance_id; can fail
 request_goal_state() {
     exchange 'goal state' "$WIRESERVER/machine?comp=goalstate" '' "$BODY_LIMIT" \
         --header 'x-ms-version: 2012-11-30' \
@@ -499,7 +490,8 @@ request_goal_state() {
     say "ContainerId: $container_id" "InstanceId: $instance_id" "Incarnation: $incarnation"
 }
 
-# take_goal_state PATH TEXT: for read_xml: keep the text of the first element at each of these paths
+# take_goal_state PATH TEXT: keep the text of the first element at each of these paths. read_xml
+# calls it.
 take_goal_state() {
     case $1 in
     GoalState/Incarnation)
@@ -514,22 +506,26 @@ take_goal_state() {
     esac
 }
 
-# read_xml ROOT TAKE: read the XML document in $body; returns 1 if it has no root of that name, or
-# is none. The document is cut at each '<', into tags with the text behind them. At the end of each
-# element, TAKE is called with the element's path and its text:
+# read_xml ROOT TAKE: read the XML document in $body; returns 1 if it is none, or has another root.
 #
-#     <a>1<b>2</b><c/></a>    is cut into    $path is then    calls
-#                             a>1            /a
-#                             b>2            /a/b
-#                             /b>            /a               TAKE a/b 2
-#                             c/>            /a               TAKE a/c ''
-#                             /a>            ''               TAKE a INVALID, as it has elements
+# The document is cut at each '<'. At the end of each element, the function TAKE is called with the
+# element's path and its text. As an example, these are the pieces of <a>1<b>2</b><c/></a>:
 #
-# It refuses some legal documents that Azure does not send: those with a document type definition
-# or CDATA, with a '>' in an attribute, with a tag of more than 1000 bytes. A text with a comment
-# in it is INVALID.
+#     piece    $path behind it    $text behind it    call
+#     a>1      /a                 1
+#     b>2      /a/b               2
+#     /b>      /a                 INVALID            TAKE a/b 2
+#     c/>      /a                 INVALID            TAKE a/c ''
+#     /a>                         INVALID            TAKE a INVALID, as there are elements in it
+#
+# It refuses some legal documents, which Azure does not send: with a document type definition, with
+# CDATA, with a '>' in an attribute, or with a tag of over 1000 bytes. A text with a comment is
+# INVALID.
 read_xml() {
-    local root="$1" take="$2" path='' text='' markup_end='' before piece IFS='<'
+    local root="$1" take="$2" path='' text='' root_seen='' markup_end='' before piece IFS='<'
+    case $body in
+    *'<') return 1 ;; # for the shell, nothing is not a piece
+    esac
     before=${body%%<*}
     is_blank "${before#"$BYTE_ORDER_MARK"}" || return 1
     for piece in ${body#"$before<"}; do
@@ -537,67 +533,63 @@ read_xml() {
             case $piece in
             '!--'*) # a comment
                 markup_end='-->'
-                piece=${piece#!--}
+                piece=${piece#'!--'}
                 ;;
             '?'*) # an instruction, or the XML declaration
                 markup_end='?>'
-                piece=${piece#?}
+                piece=${piece#'?'}
                 ;;
             esac
         fi
         if [ -z "$markup_end" ]; then
             read_piece "$piece" || return 1
-        else # it goes on, over any '<', to its end
+        else # up to the end of the markup, a '<' means nothing
             text=$INVALID
             case $piece in
             *"$markup_end"*) markup_end='' ;;
             esac
         fi
     done
-    case $body in
-    *'<') return 1 ;; # the shell makes no piece of the nothing behind it
-    esac
-    [ -z "$path$markup_end" ] && [ -z "$root" ] # all is closed, and the root has been there
+    [ -n "$root_seen" ] && [ -z "$path$markup_end" ] # the last two: nothing is open
 }
 
-# read_piece TAG>TEXT: read a piece, for read_xml, whose $root, $path and $text it changes; returns
-# 1 if it is none
+# read_piece PIECE: read TAG>TEXT, for read_xml: sets its $path, $text and $root_seen. Returns 1 if
+# it is wrong here.
 read_piece() {
     local tag="${1%%>*}" name
-    if [ "$tag" = "$1" ] || [ "${#tag}" -gt 1000 ]; then # there is no '>', or this would take long
+    if [ "$tag" = "$1" ] || [ "${#tag}" -gt 1000 ]; then # no '>'; or a tag that would take long
         return 1
     fi
     name=${tag#/}
     name=${name%%["$SPACE"/]*} # without attributes
     name=${name##*:}           # without a prefix
-    case $name in
-    '' | '!'*) return 1 ;; # '!': a document type definition, or CDATA
-    esac
     case $tag in
-    "$name" | "/$name") ;;     # most tags: no attributes, no prefix
-    */["$SPACE"]*) return 1 ;; # the '/' of an empty element stands at the end
-    *) has_paired_quotes "$tag" || return 1 ;;
+    "$name" | "/$name") ;;                     # no attributes, no prefix: so are most tags
+    */["$SPACE"]*) return 1 ;;                 # a '/' that ends no tag
+    *) has_paired_quotes "$tag" || return 1 ;; # otherwise the '>' is in an attribute
     esac
     case $tag in
     /*)
-        end_element "$name" || return 1
+        close_element "$name" || return 1
         ;;
     */)
-        start_element "$name" '' || return 1
-        end_element "$name" || return 1
+        open_element "$name" '' || return 1
+        close_element "$name" || return 1
         ;;
     *)
-        start_element "$name" "${1#*>}" || return 1
+        open_element "$name" "${1#*>}" || return 1
         ;;
     esac
-    [ -n "$path" ] || is_blank "${1#*>}" # outside of the root there is no text
+    if [ -z "$path" ]; then # behind the root
+        is_blank "${1#*>}" || return 1
+    fi
 }
 
-# has_paired_quotes TAG: whether each quote in it is closed; if not, its '>' is that of an attribute
+# has_paired_quotes TAG: whether each quote in it has a second one
 has_paired_quotes() {
     local rest="$1"
     while :; do
-        rest=${rest#"${rest%%[\"\']*}"} # without what stands before the first quote
+        rest=${rest#"${rest%%[\"\']*}"} # the tag from its first quote on
         case $rest in
         '') return ;;
         \"*\"*) rest=${rest#\"*\"} ;;
@@ -607,23 +599,28 @@ has_paired_quotes() {
     done
 }
 
-# start_element NAME TEXT: a part of read_piece
-start_element() {
+# open_element NAME TEXT: go down into an element: sets $path and $text. Returns 1 if it is a wrong
+# or a second root, or no element.
+open_element() {
+    case $1 in
+    '' | '!'*) return 1 ;; # '!': a document type definition, or CDATA
+    esac
     if [ -z "$path" ]; then
-        [ "$1" = "$root" ] || return 1
-        root='' # there is only one
+        [ -z "$root_seen" ] && [ "$1" = "$root" ] || return 1
+        root_seen=yes
     fi
     path=$path/$1
     text=$2
-    [ "${#path}" -le 5000 ] # more would take long
+    [ "${#path}" -le 5000 ] # a deeper one would take long
 }
 
-# end_element NAME: a part of read_piece
-end_element() {
-    [ "$1" = "${path##*/}" ] || return 1
+# close_element NAME: go up from an element: call TAKE, and set $path and $text. Returns 1 if it is
+# not the open one.
+close_element() {
+    [ -n "$1" ] && [ "$1" = "${path##*/}" ] || return 1
     "$take" "${path#/}" "$text"
     path=${path%/*}
-    text=$INVALID # that of the element around, as this one is in it
+    text=$INVALID
 }
 
 # is_blank TEXT: whether it is white space, or nothing
@@ -633,13 +630,13 @@ is_blank() {
     esac
 }
 
-# squeeze TEXT: sets $value to it without white space at its ends, and with one space for each run
-# of it
+# squeeze TEXT: sets $value to the text without white space at its ends, and with one space for each
+# run of it
 squeeze() {
     local IFS="$SPACE"
     # shellcheck disable=SC2086 # split into words
     set -- $1
-    # For the shell, there is an empty word between two CR. It goes when the words are split again.
+    # The first time, two CR have an empty word between them. The second time, it goes.
     # shellcheck disable=SC2048,SC2086
     set -- $*
     value="$*"
@@ -652,7 +649,8 @@ is_number() {
     esac
 }
 
-# is_id TEXT: whether it is visible ASCII, '!' to '~', without what XML could not hold as it is
+# is_id TEXT: whether it is visible ASCII, '!' to '~', without the characters that have a meaning
+# in XML
 is_id() {
     case $1 in
     '' | *[!!-~]*) return 1 ;;
@@ -662,8 +660,8 @@ is_id() {
 
 # ---- Step hostname: a value from IMDS ----------------------------------------------------------
 
-# set_hostname: set the hostname that the user chose; if there is none, the name of the VM's
-# resource. Can fail.
+# set_hostname: set the hostname that the user chose, or the resource name if IMDS says there is
+# none; can fail
 set_hostname() {
     local name
     say 'Retrieving hostname from IMDS'
@@ -680,7 +678,8 @@ set_hostname() {
     fi
 }
 
-# is_hostname TEXT: whether it is a hostname of up to 64 characters, with up to 63 between two dots
+# is_hostname TEXT: whether it is a hostname. Linux takes 64 characters, DNS 63 without a dot among
+# them.
 is_hostname() {
     local longest=63
     case $1 in
@@ -693,8 +692,8 @@ is_hostname() {
     [ "${#1}" -le $longest ]
 }
 
-# set_kernel_hostname NAME: set the hostname until the next boot, which reads /etc/hostname; or
-# fails
+# set_kernel_hostname NAME: set the hostname until the next boot, which reads /etc/hostname; can
+# fail
 set_kernel_hostname() {
     if [ -n "$DRY_RUN" ]; then
         return
@@ -704,21 +703,20 @@ set_kernel_hostname() {
         fail "cannot set the kernel's hostname"
 }
 
-# request_text LEAF: request a value from IMDS; sets $value to its text, squeezed. Fails if it is
-# empty.
+# request_text LEAF: sets $value to a value from IMDS, squeezed. Can fail, also if it is empty.
 request_text() {
     request_leaf "$1" || return
     squeeze "$value"
     [ -n "$value" ] || fail "${1##*/}: empty"
 }
 
-# request_leaf LEAF [LIMIT]: request a value from IMDS; sets $value to its text, which may be empty.
-#
-# Fails, with $absent set, if IMDS says 404, or 400: it may be too old to know the value.
+# request_leaf LEAF [LIMIT]: sets $value to a value from IMDS, which may be empty. A leaf is a
+# value's path below "compute". Can fail, and sets $absent for status 404, and 400, of an IMDS that
+# is too old to know the value.
 request_leaf() {
     local leaf="$1" limit="${2-$BODY_LIMIT}" version=2021-02-01 url
     if [ "$leaf" = name ]; then
-        version=2019-06-01
+        version=2019-06-01 # an old IMDS has at least the name
     fi
     url="$IMDS/metadata/instance/compute/$leaf?api-version=$version&format=text"
     if ! exchange "${leaf##*/}" "$url" '' "$limit" --header 'Metadata: true'; then
@@ -732,8 +730,8 @@ request_leaf() {
 
 # ---- Step disable ------------------------------------------------------------------------------
 
-# disable_unit: disable the service, of systemd or OpenRC, so that the next boot does not run it; or
-# fails
+# disable_unit: disable the service, of systemd or OpenRC, so that the next boot does not run it;
+# can fail
 disable_unit() {
     run systemctl disable azure-provisioning.service ||
         run rc-update del azure-provisioning ||
@@ -754,7 +752,7 @@ report_not_ready() {
     read_vm_id
     now=$(date -u +%Y-%m-%dT%H:%M:%SZ)
     message="result=error|reason=$1|agent=azure-provisioning/$VERSION|vm_id=$vm_id|timestamp=$now"
-    # Spaces take the place of & < > and of what is not visible ASCII.
+    # Spaces take the place of what is not ' ' to '~', ASCII that can be printed, and of & < >.
     description=$(printf '%.512s' "$message" | tr -c ' -~' ' ' | tr '&<>' ' ')
     say 'Retrieving goal state from the Wireserver'
     retry NotReady "$ATTEMPTS" required report_health NotReady "<Details>\
@@ -778,14 +776,14 @@ read_vm_id() {
 }
 
 # read_file FILE: sets $text to the text of a file without line feeds at its end, '' if there is no
-# such file. Fails if it cannot be read, or is no text: what is not understood must not be changed.
+# such file. Can fail, also if it is no text. A file that was not read must not be replaced.
 read_file() {
     text=''
     if [ ! -e "$1" ] && [ ! -L "$1" ]; then
         return
     fi
     [ -f "$1" ] || fail "cannot read $1" || return # opening a FIFO would take for ever
-    # The shell would drop a NUL byte.
+    # The shell would drop a NUL byte: tr makes it INVALID.
     { text=$(tr '\000' "$INVALID" <"$1"); } 2>/dev/null || fail "cannot read $1" || return
     case $text in
     *"$INVALID"*) fail "cannot read $1" ;;
@@ -794,7 +792,7 @@ read_file() {
 
 # ---- Step user: the account, its SSH keys, sudo or doas ----------------------------------------
 
-# create_user: create the admin user, unless there is one, and let it log in with its keys; or fails
+# create_user: create the admin user, unless there is one, and let it log in with its keys; can fail
 create_user() {
     local name shell=/bin/sh
     say 'Retrieving user from IMDS'
@@ -811,21 +809,21 @@ create_user() {
         if ! run useradd -m -s $shell "$name"; then
             run adduser -D -s $shell "$name" # BusyBox's; whether it worked is seen below
         fi
-        if [ -n "$DRY_RUN" ]; then # without an account, there is no more to look at
+        if [ -n "$DRY_RUN" ]; then # the account is not there, so the rest cannot be tried
             return
         fi
         find_account "$name" || return
     fi
     [ -n "$account" ] || fail 'neither useradd nor adduser made the user' || return
-    let_keys_in || return
+    unlock_account || return
     if [ -n "$keys" ]; then
         authorize_keys || return
     fi
     grant_root "$name"
 }
 
-# is_user_name TEXT: whether it is a user name. sudo has other uses for ALL and other names in
-# capitals.
+# is_user_name TEXT: whether it is a user name with a small letter: to sudo, ALL and its like are no
+# names
 is_user_name() {
     case $1 in
     '' | root | *[!A-Za-z0-9._-]* | [!A-Za-z_]*) return 1 ;;
@@ -847,7 +845,7 @@ request_keys() {
             fail 'publicKeys: no valid list' || return
         fi
         retry user "$ATTEMPTS" optional request_leaf publicKeys/$number/keyData || return
-        remove "$CARRIAGE_RETURN$NEWLINE" "$value" # Azure may break a key into lines
+        remove_characters "$CARRIAGE_RETURN$NEWLINE" "$value" # Azure may break a key into lines
         squeeze "$value"
         if is_ssh_key "$value"; then
             say "SSH key: ${value%% *}"
@@ -865,14 +863,16 @@ request_keys() {
     fi
 }
 
-# remove CHARACTERS TEXT: sets $value to the text without these characters
-remove() {
+# remove_characters CHARACTERS TEXT: sets $value to the text without these characters
+remove_characters() {
     local IFS="$1"
     # shellcheck disable=SC2086 # split at each of the characters
     set -- $2
-    IFS='' # and put together with nothing between
+    IFS='' # stands between the parts when they are put together again
     value="$*"
 }
+
+CONTROL_CHARACTERS=$(printf '\001-\037\177') # for [ ], which reads the '-' as a range
 
 # is_ssh_key TEXT: whether it is an OpenSSH public key: TYPE BASE64 [COMMENT]
 is_ssh_key() {
@@ -894,16 +894,13 @@ is_ssh_key() {
     ! has_control_character "$1"
 }
 
-# has_control_character TEXT: whether there is one in it
+# has_control_character TEXT: whether it has a control character in it
 has_control_character() {
     case $1 in
     *[$CONTROL_CHARACTERS]*) ;;
     *) return 1 ;;
     esac
 }
-
-CONTROL_CHARACTERS=$(printf '\001-\037\177') # a range and one more, for [ ]
-
 # find_account NAME: sets $account to the user's name, or to '' if there is no such account; or
 # fails. Also sets $password_field, that in /etc/shadow, or in /etc/passwd if the user has no line
 # there; $owner, the numbers of the user and of its group; and $home, the path of its home.
@@ -931,7 +928,7 @@ find_account() {
 }
 
 # find_line FILE NAME: sets $line to the first line of /etc/passwd or /etc/shadow for a user, '' if
-# there is none; or fails
+# there is none; can fail
 find_line() {
     local each IFS="$NEWLINE"
     line=''
@@ -946,9 +943,12 @@ find_line() {
     done
 }
 
-# let_keys_in: unlock the $account without giving it a password: '*' in the place of one that begins
-# with '!'. Without PAM, sshd takes no key for an account that is locked with '!'. Can fail.
-let_keys_in() {
+# unlock_account: have sshd accept keys for the $account if it is locked: without PAM, it refuses
+# them. Can fail.
+#
+# An account is locked by a '!' at the beginning of its $password_field. With '*' as the whole
+# field, the account is not locked, and no password fits.
+unlock_account() {
     case $password_field in
     '!'*)
         say "$account:*" | run chpasswd -e ||
@@ -958,8 +958,8 @@ let_keys_in() {
     esac
 }
 
-# authorize_keys: add the $keys to the authorized_keys of the $account, unless they are there; or
-# fails
+# authorize_keys: add the $keys to the authorized_keys of the $account, unless they are there; can
+# fail
 authorize_keys() {
     local folder="$home/.ssh" path="$home/.ssh/authorized_keys" lines key blob IFS="$NEWLINE"
     if [ -L "$folder" ] || [ -L "$path" ]; then # the user could have made it; this is root
@@ -980,10 +980,10 @@ authorize_keys() {
     write_file "$path" 600 "$owner" printf %s "$lines"
 }
 
-# make_ssh_folder: make the $folder of the keys, and the $home if it is missing, with modes that
-# sshd accepts; returns 1 if that is not possible
+# make_ssh_folder: make its $folder, and the $home if it is missing, with modes that sshd accepts;
+# returns 1 if that is not possible
 make_ssh_folder() {
-    if [ ! -d "$home" ]; then # a run was cut off after it had made the account
+    if [ ! -d "$home" ]; then # useradd was interrupted, or did not make it
         run mkdir -p "$home" || return
         run chown "$owner" "$home" || return
     fi
@@ -994,26 +994,28 @@ make_ssh_folder() {
 }
 
 # grant_root NAME: let the user become root without a password, with sudo or doas, if one accepts
-# the rule. Fails only if a rule cannot be written.
+# the rule; can fail
 grant_root() {
-    local sudo_rule="$1 ALL=(ALL:ALL) NOPASSWD:ALL" doas_path=/etc/doas.conf doas_rules
+    local rule="$1 ALL=(ALL:ALL) NOPASSWD:ALL" path=/etc/doas.conf rules
+    if say "$rule" | run visudo -q -c -f -; then
+        write_file /etc/sudoers.d/azure-provisioning 440 '' printf '%s\n' "$rule"
+        return
+    fi
     if [ -d /etc/doas.d ]; then
-        doas_path=/etc/doas.d/azure-provisioning.conf
+        path=/etc/doas.d/azure-provisioning.conf
     fi
-    read_file "$doas_path" || return
+    read_file "$path" || return
     add_last_line "$text" "permit nopass $1"
-    doas_rules=$value
-    if say "$sudo_rule" | run visudo -q -c -f -; then
-        write_file /etc/sudoers.d/azure-provisioning 440 '' printf '%s\n' "$sudo_rule"
-    elif say "$doas_rules" | run doas -C /dev/stdin; then
-        write_file "$doas_path" 440 '' printf '%s\n' "$doas_rules"
-    else # there may be neither; the user can log in all the same
-        complain "user: neither sudo nor doas takes a rule for $1"
+    rules=$value
+    if say "$rules" | run doas -C /dev/stdin; then
+        write_file "$path" 440 '' printf '%s\n' "$rules"
+        return
     fi
+    complain "user: neither sudo nor doas takes a rule for $1" # it can log in all the same
 }
 
-# add_last_line TEXT LINE: sets $value to a text that ends with the line. doas goes by the last of
-# its rules that fits.
+# add_last_line TEXT LINE: sets $value to the text with the line as its last one, where doas looks
+# first
 add_last_line() {
     case $1 in
     '' | "$2") value=$2 ;;
@@ -1027,15 +1029,15 @@ add_last_line() {
 DVD_FOLDER=/run/azure-provisioning/dvd
 OVF_FILE=$DVD_FOLDER/ovf-env.xml
 DVD_ATTEMPTS=5
-DATA_LIMIT=122880 # bytes: 64 KiB in base64, with room for line breaks
+DATA_LIMIT=122880 # bytes, of ovf-env.xml or user data: room for 64 KiB in base64
 
 # request_dvd: read ovf-env.xml, which is on a DVD at the first boot; sets $user_name,
 # $user_password, $disable_passwords and $custom_data to the texts in it, or to ''. Can fail.
 request_dvd() {
     mount_dvd || return
-    # The shell would drop a NUL byte.
+    # The shell would drop a NUL byte: tr makes it INVALID.
     { body=$(tr '\000' "$INVALID" <"$OVF_FILE") || body=''; } 2>/dev/null
-    umount "$DVD_FOLDER" # if it stays mounted, mount_dvd finds the file there
+    umount "$DVD_FOLDER" # if it fails, the next mount_dvd finds the DVD mounted
     [ -n "$body" ] || fail 'ovf-env.xml: cannot be read' || return
     [ "${#body}" -le "$DATA_LIMIT" ] || fail 'ovf-env.xml: not an OVF environment' || return
     unset user_name user_password disable_passwords custom_data
@@ -1046,7 +1048,7 @@ request_dvd() {
     custom_data=${custom_data-}
 }
 
-# take_ovf PATH TEXT: for read_xml: keep the text of the first element at each of these paths
+# take_ovf PATH TEXT: keep the text of the first element at each of these paths. read_xml calls it.
 take_ovf() {
     case ${1#Environment/ProvisioningSection/LinuxProvisioningConfigurationSet/} in
     UserName) user_name=${user_name-$2} ;;
@@ -1056,8 +1058,8 @@ take_ovf() {
     esac
 }
 
-# mount_dvd: mount the DVD where only root can see it, unless it is still mounted since an earlier
-# try; or fails
+# mount_dvd: mount the DVD where only root can see it, unless it is mounted: an umount may have
+# failed. Can fail.
 mount_dvd() {
     mkdir -p "$DVD_FOLDER"
     if [ -e "$OVF_FILE" ]; then
@@ -1072,7 +1074,7 @@ mount_dvd() {
 
 SSHD_CONFIG=/etc/ssh/sshd_config
 
-# set_password: set the password of the admin user, and have sshd take passwords or not; or fails
+# set_password: set the password of the admin user, and have sshd take passwords or not; can fail
 set_password() {
     local name
     say 'Retrieving password from the DVD'
@@ -1081,7 +1083,7 @@ set_password() {
     name=$value
     is_user_name "$name" || fail 'no valid user name' || return
     decode_entities "$user_password" || fail 'no valid password' || return
-    if has_control_character "$value" || [ "${#value}" -gt 72 ]; then
+    if has_control_character "$value" || [ "${#value}" -gt 72 ]; then # as long as Azure allows
         fail 'no valid password' || return
     fi
     if [ -n "$value" ]; then
@@ -1098,16 +1100,15 @@ set_password() {
     esac
 }
 
-# decode_entities TEXT: sets $value to the text with what &amp; and so on stand for. Returns 1 if
-# there is another '&'.
+# decode_entities TEXT: sets $value to the text with the five entities of XML decoded. Returns 1 if
+# there is an '&' of anything else.
 decode_entities() {
-    local rest="$1&"
+    local rest="$1"
     value=''
-    while :; do
+    while [ "${rest%%'&'*}" != "$rest" ]; do # there is an '&' in it
         value=$value${rest%%'&'*}
         rest=${rest#*'&'}
         case $rest in
-        '') return ;; # that was the '&' that has been added above
         'amp;'*) value="$value&" ;;
         'lt;'*) value="$value<" ;;
         'gt;'*) value="$value>" ;;
@@ -1117,10 +1118,11 @@ decode_entities() {
         esac
         rest=${rest#*;}
     done
+    value=$value$rest
 }
 
-# print_line LINE: print a line that may be secret: it is not the argument of a process, which every
-# user could see. mksh has print in the place of printf; the other shells have printf.
+# print_line LINE: print a line that may be secret, by a command of the shell itself: the arguments
+# of a program can be seen by all. That is printf, or print in mksh, which has no printf.
 print_line() {
     if [ "$(command -v printf)" = printf ]; then
         printf '%s\n' "$1"
@@ -1130,26 +1132,28 @@ print_line() {
     fi 2>/dev/null # the reader may be gone
 }
 
-# configure_sshd ANSWER: have sshd take passwords, or not, at both of its prompts, by the first
-# lines of its file: sshd goes by the first line of each setting. Can fail.
+# configure_sshd yes|no: have sshd ask for passwords, or not, in both of the ways that it has; can
+# fail.
+#
+# Of several lines for one setting, sshd takes the first: the two lines are put at the top.
 configure_sshd() {
-    local first="PasswordAuthentication $1" second="KbdInteractiveAuthentication $1" others
+    local ours="PasswordAuthentication $1${NEWLINE}KbdInteractiveAuthentication $1$NEWLINE" others
     read_file "$SSHD_CONFIG" || return
     others=$text${text:+$NEWLINE}
     while :; do
-        case $others in # of an earlier run, or as good as one
+        case $others in # those of an earlier run go
         'PasswordAuthentication '*) others=${others#*"$NEWLINE"} ;;
         'KbdInteractiveAuthentication '*) others=${others#*"$NEWLINE"} ;;
         *) break ;;
         esac
     done
-    write_file "$SSHD_CONFIG" 644 '' printf '%s\n%s\n%s' "$first" "$second" "$others" || return
+    write_file "$SSHD_CONFIG" 644 '' printf %s "$ours$others" || return
     say_done "PasswordAuthentication: $1"
     reload_sshd
 }
 
-# reload_sshd: have sshd read its configuration again, if it is running. If none is, there is no
-# need.
+# reload_sshd: have sshd read its configuration again, if it is running. If not, it will at its
+# start.
 reload_sshd() {
     run systemctl try-reload-or-restart sshd.service ||
         run systemctl try-reload-or-restart ssh.service ||
@@ -1162,21 +1166,21 @@ reload_sshd() {
 STATE_FOLDER=/var/lib/azure-provisioning
 
 # save_data: save the user data, from IMDS, and the custom data, from the DVD if that can be read;
-# or fails
+# can fail
 save_data() {
     say 'Retrieving user data from IMDS'
     retry data "$ATTEMPTS" optional request_leaf userData "$DATA_LIMIT" || return
-    save userData "$STATE_FOLDER/user-data" "$value" || return
+    save_decoded userData "$STATE_FOLDER/user-data" "$value" || return
     say 'Retrieving custom data from the DVD'
     if retry data "$DVD_ATTEMPTS" required request_dvd; then
-        save customData "$STATE_FOLDER/custom-data" "$custom_data"
+        save_decoded customData "$STATE_FOLDER/custom-data" "$custom_data"
     fi
 }
 
-# save LABEL FILE TEXT: write to a file what a text is in base64. Without a text, remove the file,
-# of another VM. Can fail.
-save() {
-    remove "$SPACE" "$3"
+# save_decoded LABEL FILE TEXT: decode a text from base64 into a file. If it is empty, remove the
+# file: an earlier VM's. Can fail.
+save_decoded() {
+    remove_characters "$SPACE" "$3"
     is_base64 "$value" || fail "$1: no base64" || return
     if [ -n "$value" ]; then
         write_file "$2" 600 '' decode_base64 "$value" || return
@@ -1187,11 +1191,11 @@ save() {
     fi
 }
 
-# is_base64 TEXT: whether it is base64 with its padding, and encodes bytes, without bits left over
+# is_base64 TEXT: whether it is base64 as an encoder writes it: padded, and no bits left over
 is_base64() {
     case $1 in
     *[!A-Za-z0-9+/=]* | *=[!=]* | *===*) return 1 ;;
-    *[!AQgw]== | *[!AEIMQUYcgkosw048=]=) return 1 ;; # with another letter, bits are left over
+    *[!AQgw]== | *[!AEIMQUYcgkosw048=]=) return 1 ;; # bits are left over
     esac
     [ $((${#1} % 4)) -eq 0 ]
 }
@@ -1204,29 +1208,24 @@ decode_base64() {
 # ---- Step publish ------------------------------------------------------------------------------
 
 # publish_hostname: have the DHCP client renew the lease of the default route's interface, with the
-# hostname; or fails
+# hostname; can fail
 publish_hostname() {
-    find_interface || return
+    find_interface
     [ -n "$interface" ] || fail 'no default route' || return
     renew_lease || fail "no DHCP client renewed the lease of $interface" || return
     say_done "Renewed the DHCP lease of $interface"
 }
 
-# find_interface: sets $interface to that of the first default route, '' if there is none; or fails
+# find_interface: sets $interface to that of the first default route, '' if there is none
 find_interface() {
-    local route IFS="$NEWLINE"
+    local name destination mask _
     interface=''
-    read_file /proc/self/net/route || return
-    for route in $text; do
-        # Interface, destination, gateway, flags, references, use, metric, mask and more
-        IFS=$SPACE
-        # shellcheck disable=SC2086 # split into fields
-        set -- $route
-        if [ "${2-}" = 00000000 ] && [ "${8-}" = 00000000 ]; then
-            interface=$1
+    while read -r name destination _ _ _ _ _ mask _; do
+        if [ "$destination" = 00000000 ] && [ "$mask" = 00000000 ]; then
+            interface=$name
             return
         fi
-    done
+    done 2>/dev/null </proc/self/net/route
 }
 
 # renew_lease: ask the DHCP clients one by one to renew the lease of $interface; returns 1 if none
@@ -1239,9 +1238,9 @@ renew_lease() {
         run killall -USR1 udhcpc
 }
 
-# renew_with_dhclient: renew the lease with a second dhclient, as the first one takes no orders,
-# and end it. The script /bin/true has it leave the interface alone. Returns 1 if that is not
-# possible.
+# renew_with_dhclient: ask with a second dhclient: the first one cannot be told to renew. Then end
+# the second one. Returns 1 if that does not work. /bin/true, which does nothing, is its script, so
+# that it leaves the interface as it is.
 renew_with_dhclient() {
     run dhclient -1 -q -sf /bin/true "$interface" &&
         run dhclient -x -q "$interface"
@@ -1251,7 +1250,7 @@ renew_with_dhclient() {
 
 VM_ID_FILE=$STATE_FOLDER/vm-id
 
-# remember_vm: save the id of this VM, by which later runs know that it is provisioned; or fails
+# remember_vm: save the id of this VM, by which later runs know that it is provisioned; can fail
 remember_vm() {
     read_vm_id
     [ -n "$vm_id" ] || fail 'cannot read /sys/class/dmi/id/product_uuid' || return

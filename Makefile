@@ -1,58 +1,119 @@
-# make demo | test | boot-test | test-matrix | conformance IMPL='./my-port' | fuzz SEED=2 N=20000 | bench
-#      install IMPL=py|sh STEPS='user hostname ready' | uninstall
+# `make help` lists the targets. To install the program with other steps than the default ones:
+#
+#     make install IMPL=sh STEPS='user hostname ready disable'
 
+# For install and uninstall. IMPL is py or sh. DESTDIR is the root file system of an image.
+IMPL ?=
+STEPS ?=
+DESTDIR ?=
 PREFIX ?= /usr/local
 UNITDIR ?= /etc/systemd/system
-DESTDIR ?=
-IMPL ?=
+
+# For the tests.
+PARTS ?= main
 SEED ?= 1
 N ?= 400
-PARTS ?= main
-STEPS ?=
 
-PROGRAM = $(DESTDIR)$(PREFIX)/sbin/azure-provisioning
-UNIT = $(DESTDIR)$(UNITDIR)/azure-provisioning.service
-DROP_IN = $(UNIT).d/steps.conf
+# They are put between apostrophes below.
+ifneq ($(findstring ',$(IMPL)$(STEPS)$(DESTDIR)$(PREFIX)$(UNITDIR)),)
+$(error IMPL, STEPS, DESTDIR, PREFIX and UNITDIR may not contain an apostrophe)
+endif
 
-demo:
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+demo: ## show a first boot with a fake server [IMPL=py|sh]
 	@python3 tests/kit/demo.py $(if $(IMPL),'$(IMPL)')
 
-test:
+test: ## run the tests that each commit must pass, in three minutes
 	@tests/test $(PARTS)
 
-boot-test:
+boot-test: ## boot with systemd, OpenRC and real kernels, as root, in 25 minutes
 	@tests/test boot
 
-test-matrix:
+test-matrix: ## run the cases in each interpreter, in 20 minutes
 	@tests/test matrix
 
-conformance:
+conformance: ## run the cases with another program IMPL='./my-port --flag'
 	@python3 tests/kit/run.py $(if $(IMPL),'$(IMPL)')
 
-fuzz:
+fuzz: ## compare both scripts with an XML library [SEED=1 N=400]
 	@python3 tests/checks/fuzz.py $(SEED) $(N)
 
-bench:
+bench: ## measure what a run costs, in 3 minutes
 	@python3 tests/bench/bench.py
 
-install:
-	@case '$(IMPL)' in py | sh) ;; *) echo 'make install needs IMPL=py or IMPL=sh' >&2; exit 2 ;; esac
-	@case ' $(STEPS)' in *' -'*) echo 'STEPS has an option' >&2; exit 2 ;; esac
-	@./azure-provisioning.sh $(STEPS) --version >/dev/null # which refuses what is no step
-	install -d '$(dir $(PROGRAM))' '$(dir $(UNIT))'
+BINARY = $(PREFIX)/sbin/azure-provisioning
+PROGRAM = $(DESTDIR)$(BINARY)
+UNIT = $(DESTDIR)$(UNITDIR)/azure-provisioning.service
+# systemd wants quotes around a path with a space.
+COMMAND = $(if $(word 2,$(BINARY)),"$(BINARY)",$(BINARY))
+
+# Each drop-in opens the sandbox for the step that it is named after.
+DROP_INS = $(wildcard drop-ins/*.conf)
+NEEDED_DROP_INS = $(filter $(STEPS:%=drop-ins/%.conf),$(DROP_INS))
+
+# A step before ready must give up before Azure does. Otherwise Azure is never told NotReady.
+LIMIT = Environment=AZURE_PROVISIONING_ATTEMPTS=900
+IS_READY_FIRST = $(filter ready,$(firstword $(STEPS)))
+
+NO_READY = STEPS has no ready: Azure is never told that the VM runs
+NO_END = STEPS has neither disable nor remember: the steps run on each boot
+warn = echo 'make install: warning: $(1)' >&2
+fail = { echo "make install: $(1)" >&2; exit 2; }
+
+install: check-install ## copy program and unit IMPL=py|sh [STEPS='…' DESTDIR=… PREFIX=… UNITDIR=…]
+	install -d '$(DESTDIR)$(PREFIX)/sbin' '$(DESTDIR)$(UNITDIR)'
 	install -m 755 azure-provisioning.$(IMPL) '$(PROGRAM)'
-	sed 's|^ExecStart=/usr/local/|ExecStart=$(PREFIX)/|' azure-provisioning.service >'$(UNIT)'
+	$(remove-unit)
+	sed 's|^ExecStart=.*|ExecStart=$(COMMAND)|' azure-provisioning.service >'$(UNIT)'
 	chmod 644 '$(UNIT)'
-	rm -f '$(DROP_IN)'
-# A step before ready may not try for so long that Azure gives up before it is told NotReady.
-	@[ -z '$(STEPS)' ] || { echo "the steps: $(DROP_IN)"; install -d '$(dir $(DROP_IN))' && { \
-	    printf '[Service]\nExecStart=\nExecStart=%s\n' '$(PREFIX)/sbin/azure-provisioning $(STEPS)'; \
-	    case '$(STEPS)' in ready*) ;; *) echo Environment=AZURE_PROVISIONING_ATTEMPTS=900 ;; esac; \
-	    sed -nE 's/^#(.* )?($(subst $() ,|,$(strip $(STEPS))))( .*)?: //p' azure-provisioning.service; \
-	} >'$(DROP_IN)'; }
+ifneq ($(strip $(STEPS)),)
+	install -d '$(UNIT).d'
+	printf '%s\n' '[Service]' ExecStart= 'ExecStart=$(COMMAND) $(strip $(STEPS))' \
+	    $(if $(IS_READY_FIRST),,$(LIMIT)) >'$(UNIT).d/steps.conf'
+	chmod 644 '$(UNIT).d/steps.conf'
+	$(if $(NEEDED_DROP_INS),install -m 644 $(NEEDED_DROP_INS) '$(UNIT).d/')
+	@$(if $(filter ready,$(STEPS)),,$(call warn,$(NO_READY)))
+	@$(if $(filter disable remember,$(STEPS)),,$(call warn,$(NO_END)))
+endif
+	@printf '%s\n' 'Next, as root:' \
+	    '    systemctl$(if $(DESTDIR), --root='\''$(DESTDIR)'\'') enable azure-provisioning.service'
 
-uninstall:
-	rm -f '$(PROGRAM)' '$(UNIT)' '$(DROP_IN)'
-	rmdir '$(dir $(DROP_IN))' 2>/dev/null || :
+# What could stop an installation half way is checked before anything is written.
+check-install:
+	@case '$(IMPL)' in py | sh) ;; *) $(call fail,IMPL must be py or sh) ;; esac
+	@set -f; \
+	steps='$(STEPS)'; \
+	for step in $$steps; do \
+	    case $$step in -*) $(call fail,STEPS has an option: $$step) ;; esac; \
+	    ./azure-provisioning.sh "$$step" --version >/dev/null 2>&1 || \
+	        $(call fail,STEPS has an unknown step: $$step); \
+	done
+# Other characters have a meaning for systemd or sed.
+	@for path in '$(PREFIX)/' '$(UNITDIR)/'; do \
+	    case $$path in \
+	    *[!A-Za-z0-9/._+\ -]*) $(call fail,no path for a unit: $$path) ;; \
+	    /*) ;; \
+	    *) $(call fail,$$path does not begin with /) ;; \
+	    esac; \
+	done
+	@for folder in '$(DESTDIR)$(PREFIX)/sbin' '$(DESTDIR)$(UNITDIR)' '$(UNIT).d'; do \
+	    until [ -e "$$folder" ] || [ -L "$$folder" ]; do folder=$$(dirname "$$folder"); done; \
+	    { [ -d "$$folder" ] && [ -w "$$folder" ]; } || $(call fail,cannot write to $$folder); \
+	done
+	@for file in '$(PROGRAM)' '$(UNIT)'; do \
+	    [ ! -d "$$file" ] || $(call fail,a folder is in the way: $$file); \
+	done
 
-.PHONY: demo test boot-test test-matrix conformance fuzz bench install uninstall
+uninstall: ## remove what install copied, with the same DESTDIR, PREFIX and UNITDIR
+	rm -f '$(PROGRAM)'
+	$(remove-unit)
+
+# The unit and all drop-ins of this Makefile. The folder stays if somebody else has a drop-in there.
+define remove-unit
+rm -f '$(UNIT)' '$(UNIT).d/steps.conf' $(foreach name,$(notdir $(DROP_INS)),'$(UNIT).d/$(name)')
+@rmdir '$(UNIT).d' 2>/dev/null || :
+endef
+
+.PHONY: help demo test boot-test test-matrix conformance fuzz bench install check-install uninstall

@@ -1,450 +1,1043 @@
 #!/usr/bin/python3 -IS
-# The provisioning agent in one file; azure-provisioning.sh is the same program in shell, function by function.
-# Needs Python 3.6, its standard library. Sources: https://learn.microsoft.com/azure/virtual-machines/, the pages
-# linux/no-agent and linux/provisioning for the protocol, instance-metadata-service for IMDS.
-"""usage: azure-provisioning [-h | --help | --version | -n | --dry-run] [STEP]...
-  ready      tell Azure that this Linux VM is Ready: a health report to the WireServer, for the goal state it gives
-  hostname   set the hostname the user asked for, from IMDS, the Instance Metadata Service
-  disable    disable azure-provisioning.service, so that it runs on the first boot only
-  user       create the admin user that IMDS names, with its SSH keys, and with sudo or doas without a password
-  password   set the password of that user, from the DVD, and whether sshd takes passwords
-  data       write userData, from IMDS, and customData, from the DVD, to /var/lib/azure-provisioning, for root alone
-  publish    renew the DHCP lease, so that the DNS of Azure learns the hostname
-  remember   record the id of this VM, on which a run that names this step does nothing from then on
-Without STEP: ready hostname disable. Steps run in the order given; the first that fails ends the run, and Azure is told
-NotReady if ready was still to come. With -n or --dry-run, what would be done is said and not done. Progress goes to
-stdout, trouble to stderr. Exit status: 0 every step done, 1 a step failed, 2 usage.
-Settings, from the environment, and their defaults:
-  AZURE_PROVISIONING_WIRESERVER  base URL of the WireServer (http://168.63.129.16)
-  AZURE_PROVISIONING_IMDS        base URL of IMDS (http://169.254.169.254)
-  AZURE_PROVISIONING_ATTEMPTS    attempts a step makes before it gives up, from 1 (240)
-  AZURE_PROVISIONING_INTERVAL    longest wait between two attempts, in seconds, from 0 (5)
-  AZURE_PROVISIONING_TIMEOUT     time for one exchange, in seconds, from 1 (30)"""
-import os, signal, sys
-os.umask(0o077)
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # end without a traceback
-if __name__ == '__main__' and not sys.flags.isolated:  # import nothing from this folder or PYTHONPATH
-    os.execv(sys.executable, [sys.executable, '-IS', *sys.argv])
-sys.modules['ssl'] = None  # http.client imports it if it can: a quarter of the memory, for nothing
-import binascii, collections, contextlib, http.client, re, socket, time
-from xml.parsers import expat
+# azure-provisioning.py: the provisioning agent in one file.
+# azure-provisioning.sh is the same program in shell, with the same sections and functions.
+#
+# Arguments, settings and exit statuses: see USAGE. Errors: a step that fails says so on stderr.
+# Needs Python 3.6 and its standard library. With -IS, Python imports no modules but these.
+# Sources: https://learn.microsoft.com/azure/virtual-machines/linux/no-agent for the WireServer,
+# .../linux/provisioning for the DVD, .../instance-metadata-service for IMDS.
+"""Provision a Linux VM on Azure, once, on its first boot."""
 
-VERSION = '1.0.0'
-WIRESERVER = os.environ.get('AZURE_PROVISIONING_WIRESERVER', 'http://168.63.129.16')
-IMDS = os.environ.get('AZURE_PROVISIONING_IMDS', 'http://169.254.169.254')
-ATTEMPTS = os.environ.get('AZURE_PROVISIONING_ATTEMPTS', '240')
-INTERVAL = os.environ.get('AZURE_PROVISIONING_INTERVAL', '5')
-TIMEOUT = os.environ.get('AZURE_PROVISIONING_TIMEOUT', '30')
-DRY_RUN = {'-n', '--dry-run'} & set(sys.argv)
-BODY_LIMIT = 65536  # bytes
-DATA_LIMIT = 122880  # bytes, of what has 64 KiB in base64 in it
-STATE = '/var/lib/azure-provisioning'
-OVF = '/Environment/ProvisioningSection/LinuxProvisioningConfigurationSet'
-AGENT = {'x-ms-version': '2012-11-30', 'x-ms-agent-name': 'custom-provisioning'}
-SPACE = ' \t\n\r'  # XML's white space
-CONTROL = '\0-\37\177'
-PATHS = ('/GoalState/Incarnation', '/GoalState/Container/ContainerId',
-         '/GoalState/Container/RoleInstanceList/RoleInstance/InstanceId', OVF + '/UserName', OVF + '/UserPassword',
-         OVF + '/DisableSshPasswordAuthentication', OVF + '/CustomData')
-ID = '[!#-%(-;=?-~]+'  # what an id is made of: visible ASCII, but for < > & " and '
-KEY = ('(ssh-rsa AAAAB3Nz|ssh-ed25519 AAAAC3Nz|ecdsa-sha2-nistp(256|384|521) AAAAE2Vj|sk-ssh-ed25519@openssh.com '
-       'AAAAGnNr|sk-ecdsa-sha2-nistp256@openssh.com AAAAInNr)[A-Za-z0-9+/=]*( [^%s]*)?') % CONTROL
-BASE64 = '([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{4}|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=|[A-Za-z0-9+/][AQgw]==)'
+import base64
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import types
+from xml.etree import ElementTree
 
-class Failed(Exception):
-    """A step, or an attempt at it, came to nothing; says why."""
-    final = False  # True: another attempt would fail too
+# Here an import of ssl fails. http.client can do without it, and ssl takes a quarter of all memory.
+sys.modules['ssl'] = None
+import http.client  # noqa: E402 - has to stand below that line
 
-def need(done, reason):
-    if not done:
-        raise Failed(reason)
+VERSION = '2.0.0'
 
-def say(*lines, file=None):
-    try:
-        print(*lines, sep='\n', file=file, flush=True)
-    except (OSError, UnicodeError):
-        pass  # the VM is Ready whether or not somebody listens
-    return True
+USAGE = """\
+usage: azure-provisioning [-n | --dry-run] [STEP]...
+       azure-provisioning -h | --help | --version
 
-def did(line):
-    return DRY_RUN or say(line)
+Provision this Linux VM on Azure. The steps run in the order given; the default
+is: ready hostname disable. The first step that fails ends the run. If the step
+ready would still have followed, Azure is told NotReady, with the reason.
+
+steps:
+  ready     report to Azure that this VM is Ready
+  hostname  set the hostname that the user chose
+  disable   disable azure-provisioning.service: it runs on the first boot only
+  user      create the admin user, with its SSH keys and with sudo or doas
+  password  set the password of that user, and have sshd take passwords or not
+  data      save user data and custom data in /var/lib/azure-provisioning
+  publish   renew the DHCP lease, so that the DNS of Azure learns the hostname
+  remember  save the id of this VM; with this step, a later run does nothing
+
+options:
+  -n, --dry-run  print what would be changed, and change nothing
+  -h, --help     print this text
+  --version      print the version
+
+settings, from the environment:
+  AZURE_PROVISIONING_WIRESERVER  base URL of the WireServer
+                                 (default: http://168.63.129.16)
+  AZURE_PROVISIONING_IMDS        base URL of the metadata service, IMDS
+                                 (default: http://169.254.169.254)
+  AZURE_PROVISIONING_ATTEMPTS    attempts at each request (default: 240)
+  AZURE_PROVISIONING_INTERVAL    longest wait between two attempts, in seconds
+                                 (default: 5)
+  AZURE_PROVISIONING_TIMEOUT     time limit of a request, in seconds (default: 30)
+
+Progress goes to stdout, failures go to stderr.
+exit status: 0 all steps are done, 1 a step failed, 2 wrong usage"""
+
+settings = types.SimpleNamespace(
+    wireserver='http://168.63.129.16',
+    imds='http://169.254.169.254',
+    attempts=240,
+    interval=5,  # seconds
+    timeout=30,  # seconds
+    dry_run=False,
+)
+
+BODY_LIMIT = 65536  # bytes of a reply's body
+ENOUGH_ABSENCES = 5  # so many times IMDS has to say that it has no such value
+SPACE = ' \t\n\r'  # the characters that are white space in XML
+
+# Texts from files and servers have one character for each byte, as in the shell: Latin-1 does that.
+BYTE_ENCODING = 'latin-1'
+# This character takes the place of a text that must not be used. No value with it is valid.
+INVALID = '\1'
+
+
+# ---- Messages and failures ---------------------------------------------------------------------
+
+
+def say(*lines):
+    """Print lines to stdout."""
+    print_lines(sys.stdout, lines)
+
 
 def complain(*lines):
-    say(*lines, file=sys.stderr or open(os.devnull, 'w'))  # None: closed
+    """Print lines to stderr."""
+    print_lines(sys.stderr, lines)
 
-def misused(message):
-    complain('azure-provisioning: ' + message, __doc__)
-    os._exit(2)
 
-def call(*command, line=None):
-    """Whether there is such a command and it succeeds. The line is for its stdin, where nobody sees it."""
-    if line is None:
-        return os.spawnvp(os.P_WAIT, command[0], command) == 0
-    import subprocess  # not for the three default steps: it is slow to load
-    try:
-        return subprocess.run(command, input=line.encode('latin-1') + b'\n').returncode == 0
-    except OSError:
-        return False
+def print_lines(stream, lines):
+    """Print lines. The VM is provisioned whether or not somebody reads them."""
+    if stream is not None:  # None: it is closed
+        with contextlib.suppress(OSError, UnicodeError):
+            print(*lines, sep='\n', file=stream, flush=True)
 
-def run(*command, line=None):
-    if not DRY_RUN:
-        return call(*command, line=line)
-    return call('sh', '-c', 'command -v "$0" >/dev/null', command[0]) and say('Would run: ' + ' '.join(command))
 
-def contents(path, limit=-1):
-    """The bytes of a file, as text; none where there is none, or it may not be read."""
-    if not (os.path.isfile(path) and os.access(path, os.R_OK)):
-        return ''
-    with open(path, encoding='latin-1', newline='') as file:
-        return file.read(limit)
+class Failed(Exception):
+    """A step, or an attempt at a request, failed. The text is the reason, for a line on stderr.
 
-def put(path, mode, owner, text):
-    """Replace the file atomically. Raises Failed."""
-    if DRY_RUN:
-        return say('Would write ' + path)
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        call('rm', '-f', path + '.new')
-        with open(path + '.new', 'xb') as file:
-            file.write(text.encode('latin-1'))
-        if owner:
-            os.chown(path + '.new', *map(int, owner.split(':')), follow_symlinks=False)
-        os.chmod(path + '.new', mode)
-        os.replace(path + '.new', path)
-    except OSError:
-        os.path.lexists(path + '.new') and call('rm', '-f', path + '.new')
-        raise Failed('cannot write ' + path)
+    status: the HTTP status of the reply, if that is the reason.
+    absent: whether IMDS said that it has no such value.
+    last_attempt: why the last attempt failed, to be added where Azure is told the reason.
+    """
 
-def check_url(name, url):
-    if not re.fullmatch('http://[A-Za-z0-9._~-]+(:[1-9][0-9]{0,4})?(/[A-Za-z0-9._~:-]+)*/?', url):
-        misused('bad ' + name)
+    def __init__(self, reason, status=0, absent=False, last_attempt=''):
+        super().__init__(reason)
+        self.status = status
+        self.absent = absent
+        self.last_attempt = last_attempt
 
-def check_number(name, number, least):
-    if not re.fullmatch('0|[1-9][0-9]{0,5}', number) or int(number) < least:
-        misused('bad ' + name)
 
-def exchange(label, url, data, headers):
-    """POST the data, or GET without; return the status and the body of a good reply, or raise Failed."""
-    def time_out(signum, frame):
-        raise Failed('timed out')
-    signal.signal(signal.SIGALRM, time_out)
-    signal.setitimer(signal.ITIMER_REAL, int(TIMEOUT))  # a socket's own timeout begins anew with every byte
-    try:
-        return transfer(url, data, DATA_LIMIT if label == 'userData' else BODY_LIMIT, {
-            **headers, 'User-Agent': 'azure-provisioning/' + VERSION, 'Accept': '*/*',
-            'Accept-Encoding': 'identity', 'Connection': 'close'})
-    except Failed as failure:
-        reason = str(failure)
-    except (OSError, OverflowError, UnicodeError):  # the last two: no such port, no such name
-        reason = 'no connection'
-    except (http.client.HTTPException, ValueError):
-        reason = 'broken reply'
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    raise Failed('%s: %s' % (label, reason))
+def end_program(status):
+    """End the program. sys.exit would fail if something that was printed could not be written."""
+    os._exit(status)
 
-def transfer(url, data, limit, headers):
-    """Have http.client do it, which follows no redirect and obeys no proxy."""
-    host, path = re.fullmatch('http://([^/]*)(.*)', url).groups()
-    with contextlib.closing(http.client.HTTPConnection(host, timeout=int(TIMEOUT))) as connection:
-        connection.request('POST' if data else 'GET', path, data or None, headers)
-        response = connection.getresponse()
-        need(response.status == 200 or data and 200 <= response.status < 300, 'HTTP %d' % response.status)
-        need(int(response.getheader('Content-Length', 0)) <= limit, 'reply too large')
-        try:
-            body = response.read(limit + 1)
-        except OSError:
-            raise Failed('broken reply')
-        need(not response.length, 'broken reply')  # something is still to come
-        need(len(body) <= limit, 'reply too large')
-        return response.status, b'\\0' if b'\0' in body else body  # no shell holds a NUL
 
-def retry(step, attempts, command, *arguments):
-    """Call the command until it does not raise Failed; return what it returns."""
-    for attempt in range(1, attempts + 1):
-        try:
-            return command(*arguments)
-        except Failed as failure:
-            complain('%s: attempt %d of %d: %s' % (step, attempt, attempts, failure))
-            if failure.final or attempt == attempts:
-                raise Failed('gave up after %d attempts' % attempt) from failure
-        time.sleep(min(attempt, int(INTERVAL)))
+def usage_error(message):
+    """Say what is wrong with the command line or a setting, and end the program."""
+    complain(f'azure-provisioning: {message}', USAGE)
+    end_program(2)
 
-def trim(text):
-    return ' '.join(re.findall('[^%s]+' % SPACE, text))
 
-def parse(root, document, reason):
-    """Return the texts at PATHS, each of the first element there, as written. Raises Failed, for the reason."""
-    path, pieces, texts = '', [], collections.defaultdict(str)
-    def tag(name, attributes=None):
-        nonlocal path
-        local = name.rpartition(':')[2]  # without a prefix
-        if attributes is not None:  # a start tag goes down into its element, an end tag takes the text and goes up
-            need(path or local == root, reason)
-            path, pieces[:] = path + '/' + local, []
-        else:
-            path in PATHS and texts.setdefault(path, ''.join(pieces))
-            path, pieces[:] = path.rpartition('/')[0], '<'  # '<' spoils a value with an element inside
-    parser = expat.ParserCreate('utf-8')
-    parser.StartElementHandler = parser.EndElementHandler = tag
-    parser.DefaultHandler = pieces.append  # text, with its entities
-    parser.CommentHandler = parser.ProcessingInstructionHandler = lambda *_: pieces.append('<')  # or a comment
-    parser.StartDoctypeDeclHandler = parser.StartCdataSectionHandler = lambda *_: need(False, reason)
-    try:
-        parser.Parse(document, True)
-    except (ValueError, expat.ExpatError):
-        raise Failed(reason)
-    return texts
+# ---- The run -----------------------------------------------------------------------------------
 
-def goal_state():
-    """Return the incarnation, the container's id and the instance's id of the goal state of now."""
-    _, body = exchange('goal state', WIRESERVER.rstrip('/') + '/machine?comp=goalstate', None, AGENT)
-    texts = parse('GoalState', body, 'goal state: not a goal state')
-    values = [trim(texts[path]) for path in PATHS[:3]]
-    for what, value, pattern in zip(('Incarnation', 'ContainerId', 'InstanceId'), values, ('[0-9]+', ID, ID)):
-        need(re.fullmatch(pattern, value), 'goal state: no ' + what)
-    say('ContainerId: ' + values[1], 'InstanceId: ' + values[2], 'Incarnation: ' + values[0])
-    return values
-
-def health_report(state, details):
-    """Report the state for the goal state just read: the WireServer refuses an earlier incarnation."""
-    report = ('<Health><GoalStateIncarnation>%s</GoalStateIncarnation><Container><ContainerId>%s</ContainerId>'
-              '<RoleInstanceList><Role><InstanceId>%s</InstanceId><Health><State>%s</State>%s</Health></Role>'
-              '</RoleInstanceList></Container></Health>') % (*goal_state(), state, details)
-    if DRY_RUN:
-        return say('Would send the following data to Wireserver:', report)
-    say('Sending the following data to Wireserver:', report)
-    status, _ = exchange('health report', WIRESERVER.rstrip('/') + '/machine?comp=health', report.encode(),
-                         {**AGENT, 'Content-Type': 'text/xml;charset=utf-8'})
-    say('Response: %d' % status)
-
-def ready():
-    say('Retrieving goal state from the Wireserver')
-    retry('ready', int(ATTEMPTS), health_report, 'Ready', '')
-
-def not_ready(reason):
-    """Tell Azure that this VM will not be Ready, so that nobody waits for it."""
-    description = 'result=error|reason=%s|agent=azure-provisioning/%s|vm_id=%s|timestamp=%s' % (
-        reason, VERSION, vm_id(), time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
-    say('Retrieving goal state from the Wireserver')
-    try:
-        retry('NotReady', int(ATTEMPTS), health_report, 'NotReady', '<Details><SubStatus>ProvisioningFailed</SubStatus>'
-              '<Description>%s</Description></Details>' % re.sub("[^ -%'-;=?-~]", ' ', description[:512]))
-    except Failed as failure:
-        complain('NotReady: %s' % failure)
-
-def metadata(leaf, api_version, empty=''):
-    """Ask IMDS for a leaf of compute; return its text, trimmed. Raises Failed, with empty where that is no good."""
-    label = leaf.rpartition('/')[2]
-    try:
-        _, body = exchange(label, '%s/metadata/instance/compute/%s?api-version=%s&format=text' % (
-            IMDS.rstrip('/'), leaf, api_version), None, {'Metadata': 'true'})
-    except Failed as failure:
-        failure.final = re.search(': HTTP (?!404|410|429|5..)', str(failure))
-        raise
-    value = body.decode('latin-1').strip(SPACE)
-    need(value or not empty, label + ': ' + empty)
-    return value
-
-def optional(step, leaf):
-    """Ask IMDS for what may not be there; return an empty text then. Raises Failed."""
-    try:
-        return retry(step, 5, metadata, leaf, '2021-02-01')
-    except Failed as failure:
-        if str(failure.__cause__).endswith(('HTTP 400', 'HTTP 404')):  # 400: an IMDS that does not know it
-            return ''
-    return retry(step, int(ATTEMPTS), metadata, leaf, '2021-02-01')
-
-def hostname():
-    say('Retrieving hostname from IMDS')
-    try:
-        value = retry('hostname', 5, metadata, 'osProfile/computerName', '2021-02-01', 'no valid hostname')
-    except Failed:
-        value = retry('hostname', int(ATTEMPTS), metadata, 'name', '2019-06-01', 'no valid hostname')
-    longest = 64 if '.' in value else 63  # Linux takes 64 in all, DNS 63 between two dots
-    need(re.fullmatch('[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?', value) and '..' not in value and
-         len(value) <= longest, 'no valid hostname')
-    say('Hostname: ' + value)
-    if not run('hostnamectl', 'set-hostname', value):
-        put('/etc/hostname', 0o644, '', value + '\n')
-        try:
-            DRY_RUN or socket.sethostname(value)
-        except OSError:
-            raise Failed("cannot set the kernel's hostname")
-
-def disable():
-    need(run('systemctl', 'disable', 'azure-provisioning.service') or run('rc-update', 'del', 'azure-provisioning'),
-         'neither systemctl nor rc-update disabled azure-provisioning')
-    did('Disabled azure-provisioning.service')
-
-def user():
-    say('Retrieving user from IMDS')
-    name = retry('user', int(ATTEMPTS), metadata, 'osProfile/adminUsername', '2021-02-01', 'no valid user name')
-    need(valid_user(name), 'no valid user name')
-    say('User: ' + name)
-    keys = ssh_keys()
-    shell = '/bin/bash' if os.access('/bin/bash', os.X_OK) else '/bin/sh'
-    account(name, '/etc/passwd') or run('useradd', '-m', '-s', shell, name) or run('adduser', '-D', '-s', shell, name)
-    if DRY_RUN and not account(name, '/etc/passwd'):
-        return
-    fields = account(name, '/etc/shadow') or account(name, '/etc/passwd')
-    need(fields, 'neither useradd nor adduser made the user')
-    # with '!', sshd without PAM takes no key, either; '*' is just no password
-    need(fields[1][:1] != '!' or run('chpasswd', '-e', line=name + ':*') or run('usermod', '-p', '*', name),
-         'chpasswd failed')
-    authorize(account(name, '/etc/passwd'), keys)
-    grant(name)
-
-def valid_user(name):
-    return name != 'root' and re.fullmatch('[A-Za-z_][A-Za-z0-9._-]{0,31}', name) and re.search('[a-z]', name)
-
-def account(name, path):  # the fields of one in /etc/passwd or /etc/shadow, or None
-    lines = contents(path).split('\n')
-    return next(((line + '::::').split(':') for line in lines if line.startswith(name + ':')), None)
-
-def ssh_keys():
-    """Return the user's keys. Raises Failed."""
-    keys = []
-    for number, entry in enumerate(filter(None, trim(optional('user', 'publicKeys')).split(' '))):
-        need(entry in (str(number), '%d/' % number) and number < 100, 'publicKeys: no valid list')  # 0/ 1/ and so on
-        key = trim(re.sub('[\r\n]', '', optional('user', 'publicKeys/%d/keyData' % number)))  # may be broken into lines
-        if re.fullmatch(KEY, key):
-            say('SSH key: ' + key.split()[0])
-            keys.append(key)
-        else:
-            complain('user: publicKeys/%d: no OpenSSH public key' % number)
-    need(keys or optional('user', 'osProfile/disablePasswordAuthentication') == 'false',
-         'no valid SSH key, and no password')
-    return keys
-
-def authorize(fields, keys):
-    """Let the user of an account in with the keys. Raises Failed."""
-    home, owner = os.fsdecode(fields[5].encode('latin-1')), ':'.join(fields[2:4])
-    if not keys:
-        return
-    folder, path = home + '/.ssh', home + '/.ssh/authorized_keys'
-    need(not os.path.islink(folder) and not os.path.islink(path), folder + ': a symlink is in the way')
-    need(os.path.isdir(home) or run('mkdir', '-p', home) and run('chown', owner, home), 'cannot make ' + folder)
-    need(run('mkdir', '-p', folder) and run('chown', '-h', owner, folder) and run('chmod', '700', folder) and
-         run('chmod', 'go-w', home), 'cannot make ' + folder)
-    known = contents(path).rstrip('\n')
-    known += known and '\n'
-    for key in keys:
-        if not re.search('(?m)^%s( |$)' % re.escape(' '.join(key.split(' ')[:2])), known):
-            known += key + '\n'
-    put(path, 0o600, owner, known)
-
-def grant(name):
-    """Give the user sudo or doas, without a password. Raises Failed."""
-    doas = '/etc/doas.d/azure-provisioning.conf' if os.path.isdir('/etc/doas.d') else '/etc/doas.conf'
-    rule, permit = name + ' ALL=(ALL:ALL) NOPASSWD:ALL', 'permit nopass ' + name
-    others = '\n'.join(line for line in contents(doas).split('\n') if line != permit).rstrip('\n')
-    rules = others + '\n' + permit if others else permit
-    if run('visudo', '-q', '-c', '-f', '-', line=rule):
-        put('/etc/sudoers.d/azure-provisioning', 0o440, '', rule + '\n')
-    elif run('doas', '-C', '/dev/stdin', line=rules):
-        put(doas, 0o440, '', rules + '\n')
-    else:
-        complain('user: neither sudo nor doas takes a rule for ' + name)
-
-def dvd():
-    """Return the texts on the DVD that is in the drive on the first boot. Raises Failed."""
-    folder = '/run/azure-provisioning/dvd'
-    need(call('mkdir', '-p', folder) and (os.path.isfile(folder + '/ovf-env.xml') or  # a run was cut off
-         os.path.exists('/dev/sr0') and call('mount', '-t', 'udf,iso9660', '-o', 'ro,nosuid,nodev,noexec', '/dev/sr0',
-                                             folder)), 'ovf-env.xml: no DVD')
-    body = contents(folder + '/ovf-env.xml', DATA_LIMIT)
-    call('umount', folder)
-    return parse('Environment', body.encode('latin-1'), 'ovf-env.xml: not an OVF environment')
-
-def password():
-    say('Retrieving password from the DVD')
-    texts = retry('password', 5, dvd)
-    name, secret = trim(texts[OVF + '/UserName']), texts[OVF + '/UserPassword'].encode().decode('latin-1')
-    need(valid_user(name), 'no valid user name')
-    need(not re.search('[<%s]|&(?!(lt|gt|quot|apos|amp);)' % CONTROL, secret), 'no valid password')
-    for entity, character in ('lt', '<'), ('gt', '>'), ('quot', '"'), ('apos', "'"), ('amp', '&'):
-        secret = secret.replace('&%s;' % entity, character)
-    need(len(secret) <= 72, 'no valid password')
-    need(not secret or run('chpasswd', line=name + ':' + secret) and did('Password set'), 'chpasswd failed')
-    answer = {'true': 'no', 'false': 'yes'}.get(trim(texts[OVF + '/DisableSshPasswordAuthentication']).lower())
-    answer and os.path.isfile('/etc/ssh/sshd_config') and sshd(answer)
-
-def sshd(answer):
-    """Let sshd take passwords or not, at both of its prompts; of each, the first line counts. Raises Failed."""
-    lines = contents('/etc/ssh/sshd_config').rstrip('\n').split('\n')
-    settings = ['PasswordAuthentication ' + answer, 'KbdInteractiveAuthentication ' + answer]
-    others = [line for line in lines[:2] if not re.match('(Password|KbdInteractive)Authentication ', line)] + lines[2:]
-    put('/etc/ssh/sshd_config', 0o644, '', '\n'.join(settings + others).rstrip('\n') + '\n')
-    did('PasswordAuthentication: ' + answer)
-    (run('systemctl', 'try-reload-or-restart', 'sshd.service') or
-     run('systemctl', 'try-reload-or-restart', 'ssh.service') or run('rc-service', '--ifstarted', 'sshd', 'reload'))
-
-def data():
-    say('Retrieving user data from IMDS')
-    save('userData', 'user-data', optional('data', 'userData'))
-    say('Retrieving custom data from the DVD')
-    try:
-        texts = retry('data', 5, dvd)
-    except Failed:
-        return
-    save('customData', 'custom-data', texts[OVF + '/CustomData'])
-
-def save(label, name, value):
-    """Write what is base64 to a file of STATE; without a value, remove that of another VM. Raises Failed."""
-    path, value = STATE + '/' + name, re.sub('[%s]' % SPACE, '', value)
-    if not value:
-        need(run('rm', '-f', path), 'cannot remove ' + path)
-        return did(label + ': none')
-    need(re.fullmatch(BASE64, value), label + ': no base64')
-    put(path, 0o600, '', binascii.a2b_base64(value).decode('latin-1'))
-    did(label + ': ' + path)
-
-def publish():
-    route = re.search('(?m)^([!-)+-~][!-~]*)\t00000000\t(?:\\S+\t){5}00000000\t', contents('/proc/self/net/route'))
-    need(route, 'no default route')
-    name = route.group(1)
-    need(run('networkctl', 'reconfigure', name) or run('nmcli', 'device', 'reapply', name) or
-         run('dhcpcd', '-n', name) or run('dhclient', '-1', '-q', '-sf', '/bin/true', name) and  # a second, for once
-         run('dhclient', '-x', '-q', name) or run('killall', '-USR1', 'udhcpc'),
-         'no DHCP client renewed the lease of ' + name)
-    did('Renewed the DHCP lease of ' + name)
-
-def vm_id():
-    return ''.join(re.findall('(?m)^[0-9a-f-]{36}$', contents('/sys/class/dmi/id/product_uuid').lower()))
-
-def remember():
-    need(vm_id(), 'cannot read /sys/class/dmi/id/product_uuid')
-    put(STATE + '/vm-id', 0o600, '', vm_id() + '\n')
-    did('Remembered: ' + vm_id())
 
 def main(arguments):
-    """Run the steps; return the exit status."""
-    steps = {step.__name__: step for step in (ready, hostname, disable, user, password, data, publish, remember)}
-    for step in arguments:
-        if step in ('-h', '--help', '--version'):
-            say('azure-provisioning ' + VERSION if step == '--version' else __doc__)
-            return 0
-        if step not in steps and step not in ('-n', '--dry-run'):
-            misused('unknown step or option: ' + step)
-    check_url('AZURE_PROVISIONING_WIRESERVER', WIRESERVER)
-    check_url('AZURE_PROVISIONING_IMDS', IMDS)
-    check_number('AZURE_PROVISIONING_ATTEMPTS', ATTEMPTS, 1)
-    check_number('AZURE_PROVISIONING_INTERVAL', INTERVAL, 0)
-    check_number('AZURE_PROVISIONING_TIMEOUT', TIMEOUT, 1)
-    to_come = [step for step in arguments if step in steps] or ['ready', 'hostname', 'disable']
-    if 'remember' in to_come and vm_id() and contents(STATE + '/vm-id').rstrip('\n') == vm_id():
-        say('Already provisioned: ' + vm_id())
+    """Provision the VM; return the exit status."""
+    os.umask(0o077)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # end without a traceback
+    steps = parse_arguments(arguments) or ['ready', 'hostname', 'disable']
+    read_settings()
+    if 'remember' in steps and is_remembered():
         return 0
-    for number, step in enumerate(to_come):
+    return run_steps(steps)
+
+
+def find_step(name):
+    """Return the function of a step, or None if there is no such step: the table of all steps."""
+    return {
+        'ready': report_ready,
+        'hostname': set_hostname,
+        'disable': disable_unit,
+        'user': create_user,
+        'password': set_password,
+        'data': save_data,
+        'publish': publish_hostname,
+        'remember': remember_vm,
+    }.get(name)
+
+
+def parse_arguments(arguments):
+    """Return the steps that are named. The first -h, --version or mistake ends the program."""
+    steps = []
+    for argument in arguments:
+        if argument in ('-n', '--dry-run'):
+            settings.dry_run = True
+        elif argument in ('-h', '--help'):
+            say(USAGE)
+            end_program(0)
+        elif argument == '--version':
+            say(f'azure-provisioning {VERSION}')
+            end_program(0)
+        elif find_step(argument):
+            steps.append(argument)
+        else:
+            usage_error(f'unknown step or option: {argument}')
+    return steps
+
+
+def read_settings():
+    """Read the settings from the environment, and check them."""
+    settings.wireserver = read_url('AZURE_PROVISIONING_WIRESERVER', settings.wireserver)
+    settings.imds = read_url('AZURE_PROVISIONING_IMDS', settings.imds)
+    settings.attempts = read_number('AZURE_PROVISIONING_ATTEMPTS', settings.attempts, 1)
+    settings.interval = read_number('AZURE_PROVISIONING_INTERVAL', settings.interval, 0)
+    settings.timeout = read_number('AZURE_PROVISIONING_TIMEOUT', settings.timeout, 1)
+
+
+def read_url(name, default):
+    """Return a base URL, without a '/' at its end; a usage error if it is not as below."""
+    url = os.environ.get(name, default)
+    host = '[A-Za-z0-9._~-]+'
+    port = '[1-9][0-9]{0,4}'
+    path = '(/[A-Za-z0-9._~:-]+)*/?'
+    if not re.fullmatch(f'http://{host}(:{port})?{path}', url):  # http://HOST[:PORT][/PATH]
+        usage_error(f'bad {name}')
+    return url.rstrip('/')
+
+
+def read_number(name, default, least):
+    """Return a number of up to six digits, without leading zeros; a usage error if it is none."""
+    number = os.environ.get(name, str(default))
+    if not re.fullmatch('0|[1-9][0-9]{0,5}', number) or int(number) < least:
+        usage_error(f'bad {name}')
+    return int(number)
+
+
+def run_steps(steps):
+    """Run the steps until one fails; return the exit status."""
+    tried = []
+    for step in steps:
+        tried.append(step)
         try:
-            steps[step]()
-        except (Failed, OSError) as failure:
-            complain('%s: %s' % (step, failure))
-            if 'ready' in to_come[number:] and 'ready' not in to_come[:number + 1]:
-                not_ready('%s: %s' % (step, failure) + (failure.__cause__ and ': %s' % failure.__cause__ or ''))
+            run_step(step)
+        except Failed as failure:
+            complain(f'{step}: {failure}')
+            if 'ready' in steps and 'ready' not in tried:
+                report_not_ready(f'{step}: {failure}{failure.last_attempt}')
             return 1
     return 0
 
+
+def run_step(step):
+    """Run a step. Raise Failed, and nothing else, if it fails."""
+    try:
+        find_step(step)()
+    except Failed:
+        raise
+    except Exception as error:  # one that nobody foresaw: Azure has to be told all the same
+        raise Failed(f'{type(error).__name__}: {error}') from error
+
+
+# ---- Commands and files ------------------------------------------------------------------------
+
+
+def has_command(name):
+    """Whether there is such a program on PATH."""
+    paths = [f'{folder}/{name}' for folder in os.get_exec_path()]
+    return any(os.path.isfile(path) and os.access(path, os.X_OK) for path in paths)
+
+
+def run(*command, input_line=None):
+    """Run a command that changes the system; return whether it is there and succeeds.
+
+    A dry run prints the command instead. The input line goes to its stdin, as it may be secret.
+    """
+    if not settings.dry_run:
+        return run_always(*command, input_line=input_line)
+    if not has_command(command[0]):
+        return False
+    say(f'Would run: {" ".join(command)}')
+    return True
+
+
+def run_always(*command, input_line=None):
+    """Run a command as run does, but in a dry run, too: it changes nothing that stays."""
+    given = None if input_line is None else f'{input_line}\n'.encode(BYTE_ENCODING)
+    try:
+        return subprocess.run(command, input=given).returncode == 0
+    except OSError:
+        return False
+
+
+def say_done(line):
+    """Print that something has been changed; a dry run does not print it."""
+    if not settings.dry_run:
+        say(line)
+
+
+def write_file(path, mode, content, owner=None):
+    """Replace a file, or make a new one. Nobody who reads it meanwhile finds half of it.
+
+    owner: the numbers of a user and a group; None is root. Raise Failed if it cannot be written.
+    """
+    if settings.dry_run:
+        say(f'Would write {path}')
+        return
+    new = f'{path}.new'
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        remove_file(new)
+        with open(new, 'xb') as file:
+            file.write(content)
+        os.chmod(new, mode)
+        if owner:
+            os.chown(new, *owner, follow_symlinks=False)
+        os.replace(new, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            remove_file(new)
+        raise Failed(f'cannot write {path}') from None
+
+
+def remove_file(path):
+    """Remove a file, or a symlink, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
+
+
+# ---- HTTP --------------------------------------------------------------------------------------
+
+
+def exchange(label, url, headers, data=None, limit=BODY_LIMIT):
+    """Send a POST with the data, or a GET without data; return the reply's status and body.
+
+    Good is status 200, and for a POST any 2xx. The limit is that of the body, in bytes.
+    Raise Failed, with the label and the reason, also if it takes longer than settings.timeout.
+    """
+    # 'timed out' is what remains if the thread does not come to its end in time.
+    reply = types.SimpleNamespace(status=0, body=b'', problem='timed out', socket=None)
+    # Only a thread can be left after a fixed time. A socket's timeout starts again with each byte,
+    # and the lookup of a host name has none.
+    thread = threading.Thread(target=transfer, args=(url, headers, data, limit, reply), daemon=True)
+    thread.start()
+    thread.join(settings.timeout)
+    status, problem, body = reply.status, reply.problem, reply.body  # the thread may still go on
+    hang_up(reply.socket)
+    is_good = status == 200 or (data is not None and 200 <= status < 300)
+    if status != 0 and not is_good:  # a bad status says more than what went wrong behind it
+        raise Failed(f'{label}: HTTP {status}', status)
+    if problem:
+        raise Failed(f'{label}: {problem}')
+    return status, body
+
+
+def hang_up(connected_socket):
+    """Close a connection, if there is one. A thread that still waits for the server then ends."""
+    if connected_socket:
+        with contextlib.suppress(OSError):
+            connected_socket.shutdown(socket.SHUT_RDWR)
+
+
+def transfer(url, headers, data, limit, reply):
+    """Do the work of exchange with http.client, which uses no proxy and follows no redirect.
+
+    Set reply.socket, status and body when they are known, and problem, '' if there is none.
+    """
+    _, _, host_and_port, path = url.split('/', 3)  # http://HOST:PORT/PATH
+    all_headers = {
+        **headers,
+        'User-Agent': f'azure-provisioning/{VERSION}',
+        'Accept': '*/*',
+        'Accept-Encoding': 'identity',
+        'Connection': 'close',
+    }
+    try:
+        connection = http.client.HTTPConnection(host_and_port, timeout=settings.timeout)
+        connection.response_class = StrictResponse
+        with contextlib.closing(connection):
+            connection.connect()
+            reply.socket = connection.sock
+            connection.request('POST' if data else 'GET', f'/{path}', data, all_headers)
+            response = connection.getresponse()
+            reply.status = response.status
+            reply.problem = read_body(response, limit, reply)
+    except socket.timeout:
+        reply.problem = 'timed out'
+    except (OSError, OverflowError, UnicodeError):  # no connection, no such port, no such name
+        reply.problem = 'broken reply' if reply.status else 'no connection'
+    except Exception:  # http.client has several for what is not HTTP
+        reply.problem = 'broken reply'
+
+
+def read_body(response, limit, reply):
+    """Set reply.body to the body of a response; return what is wrong with it, or ''."""
+    lengths = set(response.headers.get_all('Content-Length', []))
+    if len(lengths) > 1 or not all(re.fullmatch('[0-9]+', length) for length in lengths):
+        return 'broken reply'
+    if any(int(length) > limit for length in lengths):
+        return 'reply too large'
+    body = response.read(limit + 1)
+    missing = response.length  # of the bytes that were announced
+    if missing:
+        return 'broken reply'
+    if len(body) > limit:
+        return 'reply too large'
+    # The shell cannot hold a NUL byte, so both programs refuse all values of such a body.
+    reply.body = INVALID.encode() if b'\0' in body else body
+    return ''
+
+
+class StrictResponse(http.client.HTTPResponse):
+    """A response whose chunk sizes are hexadecimal digits; http.client takes 0x10 and +5, too."""
+
+    def _read_next_chunk_size(self):
+        line = self.fp.readline(1000)
+        size = re.match(b'[0-9A-Fa-f]+(?=[ \t\r\n;])', line)
+        if not size:
+            raise ValueError('no chunk size')
+        return int(size.group(), 16)
+
+
+# ---- Attempts ----------------------------------------------------------------------------------
+
+
+def retry(step, function, *arguments, optional=False, attempts=None):
+    """Call the function until it does not raise Failed; return its result. Fail after all attempts.
+
+    The wait after the first attempt is 1 second, then 2, 3 and so on, up to settings.interval.
+    optional: IMDS may say (404, 400) that it has no such value, but for a moment it says so of each
+    value. Believe it after ENOUGH_ABSENCES, or if all attempts end so, and return ''.
+    """
+    attempts = attempts or settings.attempts
+    absences = 0
+    for attempt in range(1, attempts + 1):
+        try:
+            return function(*arguments)
+        except Failed as failure:
+            complain(f'{step}: attempt {attempt} of {attempts}: {failure}')
+            reason = str(failure)
+            if failure.absent:
+                absences += 1
+        if optional and absences in (ENOUGH_ABSENCES, attempts):
+            return ''
+        if attempt < attempts:
+            time.sleep(min(attempt, settings.interval))
+    raise Failed(f'gave up after {attempts} attempts', last_attempt=f': {reason}')
+
+
+# ---- Step ready: the goal state and the health report ------------------------------------------
+
+
+WIRESERVER_HEADERS = {'x-ms-version': '2012-11-30', 'x-ms-agent-name': 'custom-provisioning'}
+
+
+def report_ready():
+    """Report to the WireServer that this VM is Ready."""
+    say('Retrieving goal state from the Wireserver')
+    retry('ready', report_health, 'Ready', '')
+
+
+def report_health(state, details):
+    """Request the goal state, and send a health report for it.
+
+    Both belong to one attempt, as the WireServer refuses a report for an old incarnation.
+    """
+    incarnation, container_id, instance_id = request_goal_state()
+    report = (
+        '<Health>'
+        f'<GoalStateIncarnation>{incarnation}</GoalStateIncarnation>'
+        '<Container>'
+        f'<ContainerId>{container_id}</ContainerId>'
+        '<RoleInstanceList><Role>'
+        f'<InstanceId>{instance_id}</InstanceId>'
+        f'<Health><State>{state}</State>{details}</Health>'
+        '</Role></RoleInstanceList>'
+        '</Container>'
+        '</Health>'
+    )
+    if settings.dry_run:
+        say('Would send the following data to Wireserver:', report)
+        return
+    say('Sending the following data to Wireserver:', report)
+    url = f'{settings.wireserver}/machine?comp=health'
+    headers = {**WIRESERVER_HEADERS, 'Content-Type': 'text/xml;charset=utf-8'}
+    status, _ = exchange('health report', url, headers, report.encode())
+    say(f'Response: {status}')
+
+
+def request_goal_state():
+    """Return the incarnation, the container's id and the instance's id."""
+    url = f'{settings.wireserver}/machine?comp=goalstate'
+    _, body = exchange('goal state', url, WIRESERVER_HEADERS)
+    root = read_xml('GoalState', body)
+    if root is None:
+        raise Failed('goal state: not a goal state')
+    incarnation = squeeze(find_text(root, 'Incarnation'))
+    container_id = squeeze(find_text(root, 'Container/ContainerId'))
+    instance_id = squeeze(find_text(root, 'Container/RoleInstanceList/RoleInstance/InstanceId'))
+    if not is_number(incarnation):
+        raise Failed('goal state: no Incarnation')
+    if not is_id(container_id):
+        raise Failed('goal state: no ContainerId')
+    if not is_id(instance_id):
+        raise Failed('goal state: no InstanceId')
+    say(
+        f'ContainerId: {container_id}',
+        f'InstanceId: {instance_id}',
+        f'Incarnation: {incarnation}',
+    )
+    return incarnation, container_id, instance_id
+
+
+def read_xml(root_name, document):
+    """Return the root element of an XML document, or None if it has no root of that name."""
+    if b'<!DOCTYPE' in document:  # it could define entities
+        return None
+    try:
+        root = ElementTree.fromstring(document, ElementTree.XMLParser(encoding='utf-8'))
+    except (ElementTree.ParseError, ValueError):
+        return None
+    for element in root.iter():
+        element.tag = element.tag.split('}')[-1]  # NAME, which may stand behind {NAMESPACE}
+    return root if root.tag == root_name else None
+
+
+def find_text(root, path):
+    """Return the text of the first element at a path, '' if there is none.
+
+    INVALID stands for the text of an element that has elements in it.
+    """
+    element = root.find(path)
+    if element is None:
+        return ''
+    if len(element) > 0:
+        return INVALID
+    return element.text or ''
+
+
+def squeeze(text):
+    """Return a text without white space at its ends, and with one space for each run of it."""
+    words = re.findall(f'[^{SPACE}]+', text)
+    return ' '.join(words)
+
+
+def is_number(text):
+    """Whether a text is decimal digits."""
+    return re.fullmatch('[0-9]+', text) is not None
+
+
+def is_id(text):
+    """Whether a text is visible ASCII, without the characters that have a meaning in XML."""
+    return re.fullmatch('[!-~]+', text) is not None and re.search('[<>&"\']', text) is None
+
+
+# ---- Step hostname: a value from IMDS ----------------------------------------------------------
+
+
+def set_hostname():
+    """Set the hostname that the user chose, or the resource name if IMDS says there is none."""
+    say('Retrieving hostname from IMDS')
+    name = retry('hostname', request_text, 'osProfile/computerName', optional=True)
+    if not name:
+        name = retry('hostname', request_text, 'name')
+    if not is_hostname(name):
+        raise Failed('no valid hostname')
+    say(f'Hostname: {name}')
+    if not run('hostnamectl', 'set-hostname', name):
+        write_file('/etc/hostname', 0o644, f'{name}\n'.encode())
+        set_kernel_hostname(name)
+
+
+def is_hostname(text):
+    """Whether a text is a hostname. Linux takes 64 characters, DNS 63 without a dot among them."""
+    longest = 64 if '.' in text else 63
+    return (
+        re.fullmatch('[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?', text) is not None
+        and '..' not in text
+        and len(text) <= longest
+    )
+
+
+def set_kernel_hostname(name):
+    """Set the hostname until the next boot, which reads /etc/hostname."""
+    if settings.dry_run:
+        return
+    try:
+        socket.sethostname(name)
+    except OSError:
+        raise Failed("cannot set the kernel's hostname") from None
+
+
+def request_text(leaf):
+    """Return a value from IMDS, squeezed. Raise Failed if it is empty, or cannot be had."""
+    text = squeeze(request_leaf(leaf))
+    if not text:
+        raise Failed(f'{label_of(leaf)}: empty')
+    return text
+
+
+def request_leaf(leaf, limit=BODY_LIMIT):
+    """Return a value from IMDS, which may be empty. A leaf is a value's path below "compute".
+
+    Raise Failed if it cannot be had; absent is true for status 404, and 400, of an IMDS that is
+    too old to know the value.
+    """
+    version = '2019-06-01' if leaf == 'name' else '2021-02-01'  # an old IMDS has at least the name
+    url = f'{settings.imds}/metadata/instance/compute/{leaf}?api-version={version}&format=text'
+    try:
+        _, body = exchange(label_of(leaf), url, {'Metadata': 'true'}, limit=limit)
+    except Failed as failure:
+        raise Failed(str(failure), absent=failure.status in (400, 404)) from None
+    return body.decode(BYTE_ENCODING)
+
+
+def label_of(leaf):
+    """Return the last part of a leaf's path, for messages."""
+    return leaf.split('/')[-1]
+
+
+# ---- Step disable ------------------------------------------------------------------------------
+
+
+def disable_unit():
+    """Disable the service, of systemd or OpenRC, so that the next boot does not run it."""
+    disabled = run('systemctl', 'disable', 'azure-provisioning.service')
+    if not disabled and not run('rc-update', 'del', 'azure-provisioning'):
+        raise Failed('neither systemctl nor rc-update disabled azure-provisioning')
+    say_done('Disabled azure-provisioning.service')
+
+
+# ================================================================================================
+# The default run ends here. What follows runs only if another step is named.
+# ================================================================================================
+
+
+# ---- NotReady: a step before ready failed ------------------------------------------------------
+
+
+def report_not_ready(reason):
+    """Report to the WireServer that this VM will not be Ready, so that nobody waits for it."""
+    now = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
+    agent = f'azure-provisioning/{VERSION}'
+    text = f'result=error|reason={reason}|agent={agent}|vm_id={read_vm_id()}|timestamp={now}'
+    description = re.sub('[^ -~]', ' ', text[:512])  # ' ' to '~': ASCII that can be printed
+    description = re.sub('[&<>]', ' ', description)
+    details = (
+        '<Details>'
+        '<SubStatus>ProvisioningFailed</SubStatus>'
+        f'<Description>{description}</Description>'
+        '</Details>'
+    )
+    say('Retrieving goal state from the Wireserver')
+    try:
+        retry('NotReady', report_health, 'NotReady', details)
+    except Exception as failure:  # the run has failed anyway
+        complain(f'NotReady: {failure}')
+
+
+def read_vm_id():
+    """Return the id of this VM in lower case, or '' if the firmware does not tell one."""
+    try:
+        vm_id = read_file('/sys/class/dmi/id/product_uuid').lower()
+    except Failed:
+        return ''
+    return vm_id if re.fullmatch('[0-9a-f-]{36}', vm_id) else ''
+
+
+def read_file(path):
+    """Return the text of a file without line feeds at its end, '' if there is no such file.
+
+    Raise Failed if it cannot be read, or is no text. A file that was not read must not be replaced.
+    """
+    if not os.path.lexists(path):
+        return ''
+    text = INVALID
+    with contextlib.suppress(OSError):
+        if os.path.isfile(path):  # opening a FIFO would take for ever
+            with open(path, encoding=BYTE_ENCODING, newline='') as file:
+                text = file.read()
+    if INVALID in text or '\0' in text:
+        raise Failed(f'cannot read {path}')
+    return text.rstrip('\n')
+
+
+# ---- Step user: the account, its SSH keys, sudo or doas ----------------------------------------
+
+
+# How the public keys of OpenSSH begin: the type of key, and how that type is written in base64.
+KEY_BEGINNINGS = (
+    'ssh-rsa AAAAB3Nz',
+    'ssh-ed25519 AAAAC3Nz',
+    'ecdsa-sha2-nistp256 AAAAE2Vj',
+    'ecdsa-sha2-nistp384 AAAAE2Vj',
+    'ecdsa-sha2-nistp521 AAAAE2Vj',
+    'sk-ssh-ed25519@openssh.com AAAAGnNr',
+    'sk-ecdsa-sha2-nistp256@openssh.com AAAAInNr',
+)
+
+
+def create_user():
+    """Create the admin user, unless there is one, and let it log in with its keys."""
+    say('Retrieving user from IMDS')
+    name = retry('user', request_text, 'osProfile/adminUsername')
+    if not is_user_name(name):
+        raise Failed('no valid user name')
+    say(f'User: {name}')
+    keys = request_keys()
+    if not find_account(name):
+        shell = '/bin/bash' if os.access('/bin/bash', os.X_OK) else '/bin/sh'
+        if not run('useradd', '-m', '-s', shell, name):
+            run('adduser', '-D', '-s', shell, name)  # BusyBox's; whether it worked is seen below
+        if settings.dry_run:  # the account is not there, so the rest cannot be tried
+            return
+    account = find_account(name)
+    if not account:
+        raise Failed('neither useradd nor adduser made the user')
+    unlock_account(account)
+    if keys:
+        authorize_keys(account, keys)
+    grant_root(name)
+
+
+def is_user_name(text):
+    """Whether a text is a user name with a small letter: to sudo, ALL and its like are no names."""
+    return (
+        re.fullmatch('[A-Za-z_][A-Za-z0-9._-]{0,31}', text) is not None
+        and re.search('[a-z]', text) is not None
+        and text != 'root'
+    )
+
+
+def request_keys():
+    """Return the user's valid SSH keys. Raise Failed if there is neither a key nor a password."""
+    names = squeeze(retry('user', request_leaf, 'publicKeys', optional=True)).split()
+    keys = []
+    for number, name in enumerate(names):  # 0/ 1/ 2/ and so on
+        if name not in (f'{number}/', str(number)) or number > 99:
+            raise Failed('publicKeys: no valid list')
+        text = retry('user', request_leaf, f'publicKeys/{number}/keyData', optional=True)
+        key = squeeze(remove_characters('\r\n', text))  # Azure may break a key into lines
+        if is_ssh_key(key):
+            say(f'SSH key: {key.split()[0]}')
+            keys.append(key)
+        else:
+            complain(f'user: publicKeys/{number}: no OpenSSH public key')
+    if not keys:
+        leaf = 'osProfile/disablePasswordAuthentication'
+        no_passwords = squeeze(retry('user', request_leaf, leaf, optional=True))
+        if no_passwords != 'false':
+            raise Failed('no valid SSH key, and no password')
+    return keys
+
+
+def remove_characters(characters, text):
+    """Return a text without these characters."""
+    return re.sub(f'[{characters}]', '', text)
+
+
+def is_ssh_key(text):
+    """Whether a text is an OpenSSH public key: TYPE BASE64 [COMMENT]."""
+    return (
+        text.startswith(KEY_BEGINNINGS)
+        and re.fullmatch('[A-Za-z0-9+/=]+', text.split(' ')[1]) is not None
+        and not has_control_character(text)
+    )
+
+
+def has_control_character(text):
+    """Whether a text has a control character in it."""
+    return re.search('[\0-\37\177]', text) is not None
+
+
+def find_account(name):
+    """Return a user's account, None if there is none.
+
+    password_field: that in /etc/shadow, or in /etc/passwd if the user has no line in the former.
+    owner: the numbers of the user and of its group. home: the path of its home.
+    """
+    fields = find_fields('/etc/passwd', name)
+    if not fields:
+        return None
+    if not is_number(fields[2]) or not is_number(fields[3]):
+        raise Failed(f'/etc/passwd: no valid line for {name}')
+    return types.SimpleNamespace(
+        name=name,
+        password_field=(find_fields('/etc/shadow', name) or fields)[1],
+        owner=(int(fields[2]), int(fields[3])),
+        home=os.fsdecode(
+            fields[5].encode(BYTE_ENCODING)
+        ),  # Python has an encoding of its own for paths
+    )
+
+
+def find_fields(path, name):
+    """Return the fields of the first line of /etc/passwd or /etc/shadow for a user, or None."""
+    for line in read_file(path).split('\n'):
+        if line.startswith(f'{name}:'):
+            return f'{line}::::::'.split(':')  # seven at least, though the line may have fewer
+    return None
+
+
+def unlock_account(account):
+    """Have sshd accept keys for an account that is locked: without PAM, it refuses them.
+
+    An account is locked by a '!' at the beginning of its password field. With '*' as the whole
+    field, the account is not locked, and no password fits.
+    """
+    if account.password_field.startswith('!'):
+        name = account.name
+        unlocked = run('chpasswd', '-e', input_line=f'{name}:*')
+        if not unlocked and not run('usermod', '-p', '*', name):
+            raise Failed('chpasswd failed')
+
+
+def authorize_keys(account, keys):
+    """Add the keys to the user's authorized_keys, unless they are there."""
+    folder = f'{account.home}/.ssh'
+    path = f'{folder}/authorized_keys'
+    if os.path.islink(folder) or os.path.islink(path):  # the user could have made it; this is root
+        raise Failed(f'{folder}: a symlink is in the way')
+    make_ssh_folder(account, folder)
+    text = read_file(path)
+    lines = text.split('\n') if text else []
+    for key in keys:
+        type_and_blob = key.split(' ')[:2]  # without the comment
+        if not any(line.split(' ')[:2] == type_and_blob for line in lines):
+            lines.append(key)
+    content = ''.join(f'{line}\n' for line in lines)
+    write_file(path, 0o600, content.encode(BYTE_ENCODING), account.owner)
+
+
+def make_ssh_folder(account, folder):
+    """Make the folder of the keys, and the home if it is missing, with modes that sshd accepts."""
+    uid, gid = account.owner
+    owner = f'{uid}:{gid}'
+    commands = []
+    if not os.path.isdir(account.home):  # useradd was interrupted, or did not make it
+        commands += [('mkdir', '-p', account.home), ('chown', owner, account.home)]
+    commands += [
+        ('mkdir', '-p', folder),
+        ('chown', '-h', owner, folder),
+        ('chmod', '700', folder),
+        ('chmod', 'go-w', account.home),
+    ]
+    for command in commands:
+        if not run(*command):
+            raise Failed(f'cannot make {folder}')
+
+
+def grant_root(name):
+    """Let the user become root without a password, with sudo or doas, if one accepts the rule."""
+    rule = f'{name} ALL=(ALL:ALL) NOPASSWD:ALL'
+    if run('visudo', '-q', '-c', '-f', '-', input_line=rule):
+        write_file('/etc/sudoers.d/azure-provisioning', 0o440, f'{rule}\n'.encode())
+        return
+    path = '/etc/doas.conf'
+    if os.path.isdir('/etc/doas.d'):
+        path = '/etc/doas.d/azure-provisioning.conf'
+    rules = add_last_line(read_file(path), f'permit nopass {name}')
+    if run('doas', '-C', '/dev/stdin', input_line=rules):
+        write_file(path, 0o440, f'{rules}\n'.encode(BYTE_ENCODING))
+        return
+    complain(f'user: neither sudo nor doas takes a rule for {name}')  # it can log in all the same
+
+
+def add_last_line(text, line):
+    """Return a text with the line as its last one, where doas looks first."""
+    if text == '' or text == line:
+        return line
+    if text.endswith(f'\n{line}'):
+        return text
+    return f'{text}\n{line}'
+
+
+# ---- The DVD: ovf-env.xml ----------------------------------------------------------------------
+
+
+DVD_FOLDER = '/run/azure-provisioning/dvd'
+OVF_FILE = f'{DVD_FOLDER}/ovf-env.xml'
+DVD_ATTEMPTS = 5
+DATA_LIMIT = 122880  # bytes, of ovf-env.xml or user data: room for 64 KiB in base64
+OVF_PATH = 'ProvisioningSection/LinuxProvisioningConfigurationSet'
+
+
+def request_dvd():
+    """Return the root element of ovf-env.xml, which is on a DVD at the first boot."""
+    mount_dvd()
+    document = b''
+    with contextlib.suppress(OSError), open(OVF_FILE, 'rb') as file:
+        document = file.read(DATA_LIMIT + 1)
+    run_always('umount', DVD_FOLDER)  # if it fails, the next mount_dvd finds the DVD mounted
+    if not document:
+        raise Failed('ovf-env.xml: cannot be read')
+    root = read_xml('Environment', document)
+    if root is None or len(document) > DATA_LIMIT:
+        raise Failed('ovf-env.xml: not an OVF environment')
+    return root
+
+
+def mount_dvd():
+    """Mount the DVD where only root can see it, unless it is mounted: an umount may have failed."""
+    mount = ['mount', '-t', 'udf,iso9660', '-o', 'ro,nosuid,nodev,noexec', '/dev/sr0', DVD_FOLDER]
+    run_always('mkdir', '-p', DVD_FOLDER)
+    if os.path.exists(OVF_FILE):
+        return
+    if not os.path.exists('/dev/sr0') or not run_always(*mount):
+        raise Failed('ovf-env.xml: no DVD')
+
+
+# ---- Step password -----------------------------------------------------------------------------
+
+
+SSHD_CONFIG = '/etc/ssh/sshd_config'
+
+
+def set_password():
+    """Set the password of the admin user, and have sshd take passwords or not."""
+    say('Retrieving password from the DVD')
+    root = retry('password', request_dvd, attempts=DVD_ATTEMPTS)
+    name = squeeze(find_text(root, f'{OVF_PATH}/UserName'))
+    if not is_user_name(name):
+        raise Failed('no valid user name')
+    password = find_text(root, f'{OVF_PATH}/UserPassword')
+    password = password.encode().decode(BYTE_ENCODING)  # one character for each byte of UTF-8
+    if has_control_character(password) or len(password) > 72:  # as long as Azure allows
+        raise Failed('no valid password')
+    if password:
+        if not run('chpasswd', input_line=f'{name}:{password}'):
+            raise Failed('chpasswd failed')
+        say_done('Password set')
+    no_passwords = squeeze(find_text(root, f'{OVF_PATH}/DisableSshPasswordAuthentication')).lower()
+    if no_passwords in ('true', 'false') and os.path.isfile(SSHD_CONFIG):
+        configure_sshd('no' if no_passwords == 'true' else 'yes')
+
+
+def configure_sshd(yes_or_no):
+    """Have sshd ask for passwords, or not, in both of the ways that it has.
+
+    Of several lines for one setting, sshd takes the first: the two lines are put at the top.
+    """
+    keywords = ('PasswordAuthentication ', 'KbdInteractiveAuthentication ')
+    lines = read_file(SSHD_CONFIG).split('\n')
+    while lines and lines[0].startswith(keywords):  # those of an earlier run go
+        del lines[0]
+    lines = [keyword + yes_or_no for keyword in keywords] + lines
+    content = '\n'.join(lines).rstrip('\n') + '\n'
+    write_file(SSHD_CONFIG, 0o644, content.encode(BYTE_ENCODING))
+    say_done(f'PasswordAuthentication: {yes_or_no}')
+    reload_sshd()
+
+
+def reload_sshd():
+    """Have sshd read its configuration again, if it is running. If not, it will at its start."""
+    reload_unit = ['systemctl', 'try-reload-or-restart']
+    if not run(*reload_unit, 'sshd.service') and not run(*reload_unit, 'ssh.service'):
+        run('rc-service', '--ifstarted', 'sshd', 'reload')
+
+
+# ---- Step data ---------------------------------------------------------------------------------
+
+
+STATE_FOLDER = '/var/lib/azure-provisioning'
+
+
+def save_data():
+    """Save the user data, from IMDS, and the custom data, from the DVD if that can be read."""
+    say('Retrieving user data from IMDS')
+    user_data = retry('data', request_leaf, 'userData', DATA_LIMIT, optional=True)
+    save_decoded('userData', f'{STATE_FOLDER}/user-data', user_data)
+    say('Retrieving custom data from the DVD')
+    try:
+        root = retry('data', request_dvd, attempts=DVD_ATTEMPTS)
+    except Failed:
+        return
+    custom_data = find_text(root, f'{OVF_PATH}/CustomData')
+    save_decoded('customData', f'{STATE_FOLDER}/custom-data', custom_data)
+
+
+def save_decoded(label, path, text):
+    """Decode a text from base64 into a file. If it is empty, remove the file: an earlier VM's."""
+    text = remove_characters(SPACE, text)
+    if not is_base64(text):
+        raise Failed(f'{label}: no base64')
+    if text:
+        write_file(path, 0o600, base64.b64decode(text))
+        say_done(f'{label}: {path}')
+    else:
+        if not run('rm', '-f', path):
+            raise Failed(f'cannot remove {path}')
+        say_done(f'{label}: none')
+
+
+def is_base64(text):
+    """Whether a text is base64 as an encoder writes it: padded, and no bits left over."""
+    try:
+        return base64.b64encode(base64.b64decode(text)) == text.encode(BYTE_ENCODING)
+    except ValueError:
+        return False
+
+
+# ---- Step publish ------------------------------------------------------------------------------
+
+
+def publish_hostname():
+    """Have the DHCP client renew the lease of the default route's interface, with the hostname."""
+    interface = find_interface()
+    if not interface:
+        raise Failed('no default route')
+    if not renew_lease(interface):
+        raise Failed(f'no DHCP client renewed the lease of {interface}')
+    say_done(f'Renewed the DHCP lease of {interface}')
+
+
+def find_interface():
+    """Return the interface of the first default route, '' if there is none."""
+    for line in read_file('/proc/self/net/route').split('\n'):
+        # Interface, destination, gateway, flags, references, use, metric, mask and more
+        fields = line.split()
+        if len(fields) >= 8:
+            interface, destination, mask = fields[0], fields[1], fields[7]
+            if destination == '00000000' and mask == '00000000':
+                return interface
+    return ''
+
+
+def renew_lease(interface):
+    """Ask the DHCP clients one by one; return whether one renewed the lease."""
+    return (
+        run('networkctl', 'reconfigure', interface)
+        or run('nmcli', 'device', 'reapply', interface)
+        or run('dhcpcd', '-n', interface)
+        or renew_with_dhclient(interface)
+        or run('killall', '-USR1', 'udhcpc')
+    )
+
+
+def renew_with_dhclient(interface):
+    """Ask with a second dhclient: the first one cannot be told to renew. Then end the second one.
+
+    /bin/true, which does nothing, is its script, so that it leaves the interface as it is.
+    """
+    renewed = run('dhclient', '-1', '-q', '-sf', '/bin/true', interface)
+    return renewed and run('dhclient', '-x', '-q', interface)
+
+
+# ---- Step remember -----------------------------------------------------------------------------
+
+
+VM_ID_FILE = f'{STATE_FOLDER}/vm-id'
+
+
+def remember_vm():
+    """Save the id of this VM, by which later runs know that it is provisioned."""
+    vm_id = read_vm_id()
+    if not vm_id:
+        raise Failed('cannot read /sys/class/dmi/id/product_uuid')
+    write_file(VM_ID_FILE, 0o600, f'{vm_id}\n'.encode())
+    say_done(f'Remembered: {vm_id}')
+
+
+def is_remembered():
+    """Whether an earlier run on this VM has done the step remember; say so."""
+    try:
+        remembered = read_file(VM_ID_FILE)
+    except Failed:
+        remembered = ''
+    if remembered == '' or remembered != read_vm_id():
+        return False
+    say(f'Already provisioned: {remembered}')
+    return True
+
+
 if __name__ == '__main__':
-    os._exit(main(sys.argv[1:]))  # without another try to print what could not be printed
+    end_program(main(sys.argv[1:]))

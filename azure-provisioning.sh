@@ -1,450 +1,1273 @@
 #!/bin/sh
-# The provisioning agent in one file; azure-provisioning.py is the same program in Python, function by function.
-# Needs curl, or wget with head, timeout and tr. Sources: https://learn.microsoft.com/azure/virtual-machines/, the pages
-# linux/no-agent and linux/provisioning for the protocol, instance-metadata-service for IMDS.
-set -fu # -f: what a server sent is split into words below, not matched with file names; all variables are global
-export LC_ALL=C
-umask 077
-trap '' PIPE # the VM is Ready whether or not somebody listens
-VERSION=1.0.0
-USAGE='usage: azure-provisioning [-h | --help | --version | -n | --dry-run] [STEP]...
-  ready      tell Azure that this Linux VM is Ready: a health report to the WireServer, for the goal state it gives
-  hostname   set the hostname the user asked for, from IMDS, the Instance Metadata Service
-  disable    disable azure-provisioning.service, so that it runs on the first boot only
-  user       create the admin user that IMDS names, with its SSH keys, and with sudo or doas without a password
-  password   set the password of that user, from the DVD, and whether sshd takes passwords
-  data       write userData, from IMDS, and customData, from the DVD, to /var/lib/azure-provisioning, for root alone
-  publish    renew the DHCP lease, so that the DNS of Azure learns the hostname
-  remember   record the id of this VM, on which a run that names this step does nothing from then on
-Without STEP: ready hostname disable. Steps run in the order given; the first that fails ends the run, and Azure is told
-NotReady if ready was still to come. With -n or --dry-run, what would be done is said and not done. Progress goes to
-stdout, trouble to stderr. Exit status: 0 every step done, 1 a step failed, 2 usage.
-Settings, from the environment, and their defaults:
-  AZURE_PROVISIONING_WIRESERVER  base URL of the WireServer (http://168.63.129.16)
-  AZURE_PROVISIONING_IMDS        base URL of IMDS (http://169.254.169.254)
-  AZURE_PROVISIONING_ATTEMPTS    attempts a step makes before it gives up, from 1 (240)
-  AZURE_PROVISIONING_INTERVAL    longest wait between two attempts, in seconds, from 0 (5)
-  AZURE_PROVISIONING_TIMEOUT     time for one exchange, in seconds, from 1 (30)'
+# azure-provisioning.sh: the provisioning agent in one file.
+# azure-provisioning.py is the same program in Python, with the same sections and functions.
+#
+# Arguments, settings and exit statuses: see USAGE. Errors: a step that fails says so on stderr.
+# Needs sleep, and curl; or wget, with timeout, head and tr. If hostnamectl fails, it needs chmod,
+# hostname, mkdir, mv and rm. The steps beyond the default run also need base64, chown, date and tr.
+# Sources: https://learn.microsoft.com/azure/virtual-machines/linux/no-agent for the WireServer,
+# .../linux/provisioning for the DVD, .../instance-metadata-service for IMDS.
+#
+# How to read this file:
+# - UPPERCASE variables are settings and constants.
+# - A local variable can also be used by the functions that are called; their comments say "its $x".
+# - The comment above a function names the other variables that it sets for its caller. A function
+#   that finds or makes one text sets $value.
+# - A function "can fail": it sets $reason, for the message, and returns 1. `fail` does both:
+#       CHECK || fail 'the reason' || return
+# - Other functions answer a question, or try something: they return 0 or 1, and set no $reason.
+# - A text is split with a local IFS. The functions that are called while it is set do not split, or
+#   have an IFS of their own.
+
+# shellcheck disable=SC3043 # local: dash, BusyBox ash, Bash and mksh have it
+
+VERSION=2.0.0
+
+USAGE='usage: azure-provisioning [-n | --dry-run] [STEP]...
+       azure-provisioning -h | --help | --version
+
+Provision this Linux VM on Azure. The steps run in the order given; the default
+is: ready hostname disable. The first step that fails ends the run. If the step
+ready would still have followed, Azure is told NotReady, with the reason.
+
+steps:
+  ready     report to Azure that this VM is Ready
+  hostname  set the hostname that the user chose
+  disable   disable azure-provisioning.service: it runs on the first boot only
+  user      create the admin user, with its SSH keys and with sudo or doas
+  password  set the password of that user, and have sshd take passwords or not
+  data      save user data and custom data in /var/lib/azure-provisioning
+  publish   renew the DHCP lease, so that the DNS of Azure learns the hostname
+  remember  save the id of this VM; with this step, a later run does nothing
+
+options:
+  -n, --dry-run  print what would be changed, and change nothing
+  -h, --help     print this text
+  --version      print the version
+
+settings, from the environment:
+  AZURE_PROVISIONING_WIRESERVER  base URL of the WireServer
+                                 (default: http://168.63.129.16)
+  AZURE_PROVISIONING_IMDS        base URL of the metadata service, IMDS
+                                 (default: http://169.254.169.254)
+  AZURE_PROVISIONING_ATTEMPTS    attempts at each request (default: 240)
+  AZURE_PROVISIONING_INTERVAL    longest wait between two attempts, in seconds
+                                 (default: 5)
+  AZURE_PROVISIONING_TIMEOUT     time limit of a request, in seconds (default: 30)
+
+Progress goes to stdout, failures go to stderr.
+exit status: 0 all steps are done, 1 a step failed, 2 wrong usage'
+
 WIRESERVER=${AZURE_PROVISIONING_WIRESERVER-http://168.63.129.16}
 IMDS=${AZURE_PROVISIONING_IMDS-http://169.254.169.254}
 ATTEMPTS=${AZURE_PROVISIONING_ATTEMPTS-240}
-INTERVAL=${AZURE_PROVISIONING_INTERVAL-5}
-TIMEOUT=${AZURE_PROVISIONING_TIMEOUT-30}
-BODY_LIMIT=65536 # bytes
-DATA_LIMIT=122880 # bytes, of what has 64 KiB in base64 in it
-PRINT='BEGIN { print ENVIRON["TEXT"] }' # of awk: arguments and files can be seen, the environment cannot
-STATE=/var/lib/azure-provisioning
-OVF=/Environment/ProvisioningSection/LinuxProvisioningConfigurationSet
+INTERVAL=${AZURE_PROVISIONING_INTERVAL-5} # seconds
+TIMEOUT=${AZURE_PROVISIONING_TIMEOUT-30}  # seconds
+DRY_RUN=
+
+BODY_LIMIT=65536  # bytes of a reply's body
+ENOUGH_ABSENCES=5 # so many times IMDS has to say that it has no such value
 NEWLINE='
 '
-SPACE=" $(printf '\t\n\r')" # XML's white space
-CONTROL=$(printf '\001-\037\177')
-ID='!#-%(-;=?-~' # what an id is made of: visible ASCII, but for < > & " and '
-KEY='(ssh-rsa AAAAB3Nz|ssh-ed25519 AAAAC3Nz|ecdsa-sha2-nistp(256|384|521) AAAAE2Vj|sk-ssh-ed25519@openssh.com AAAAGnNr|'
-KEY=$KEY"sk-ecdsa-sha2-nistp256@openssh.com AAAAInNr)[A-Za-z0-9+/=]*( [^$CONTROL]*)?"
-BASE64='([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{4}|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=|[A-Za-z0-9+/][AQgw]==)'
+CARRIAGE_RETURN=$(printf '\r')
+SPACE=$(printf ' \t\n\r') # the characters that are white space in XML
+BYTE_ORDER_MARK=$(printf '\357\273\277')
 
-say() { { printf '%s\n' "$@" || :; } 2>/dev/null; }
-did() { [ "$dry_run" ] || say "$@"; }
-complain() { say "$@" >&2; }
-misused() { complain "azure-provisioning: $1" "$USAGE"; exit 2; }
-call() { command -v "$1" >/dev/null && command "$@"; } # COMMAND [ARGUMENT]...: if there is such a command
-run() { if [ "$dry_run" ]; then IFS=$SPACE && command -v "$1" >/dev/null && say "Would run: $*"; else call "$@"; fi; }
+# This character takes the place of a text that must not be used. No value with it is valid.
+INVALID=$(printf '\001')
 
-put() { # FILE MODE OWNER COMMAND [ARGUMENT]...: replace the file by what the command prints, atomically
-    file=$1 mode=$2 owner=$3
-    shift 3
-    [ -z "$dry_run" ] || { say "Would write $file" && return; }
-    reason="cannot write $file"
-    { { mkdir -p "${file%/*}" && [ ! -d "$file" ] && (rm -f "$file.new" && set -C && "$@" >"$file.new") &&
-        chmod "$mode" "$file.new" && { [ -z "$owner" ] || chown -h "$owner" "$file.new"; } &&
-        mv -f "$file.new" "$file"; } || { rm -f "$file.new" && return 1; }; } 2>/dev/null
+# ---- Messages and failures ---------------------------------------------------------------------
+
+# say LINE...: print lines to stdout. The VM is provisioned whether or not somebody reads them.
+say() {
+    { printf '%s\n' "$@" || :; } 2>/dev/null
 }
 
-check_url() { # NAME URL: http://HOST[:PORT][/PATH]
-    rest=${2#http://}
-    case $rest in "$2" | *[!A-Za-z0-9._~:/-]* | *//*) misused "bad $1" ;; esac
-    case ${rest%%/*} in '' | :* | *: | *:*[!0-9]* | *:0* | *:??????*) misused "bad $1" ;; esac
+# complain LINE...: print lines to stderr
+complain() {
+    say "$@" >&2
 }
 
-check_number() { # NAME NUMBER LEAST: without leading zeros, of six digits at most
-    case $2 in '' | *[!0-9]* | 0?* | ???????*) misused "bad $1" ;; esac
-    [ "$2" -ge "$3" ] || misused "bad $1"
-}
-
-exchange() { # LABEL URL DATA [--header HEADER]...: POST the DATA, or GET without; sets $status and $body, or $reason
-    label=$1 url=$2 data=$3 limit=$BODY_LIMIT
-    shift 3
-    [ "$label" != userData ] || limit=$DATA_LIMIT
-    transfer "$@" --header "User-Agent: azure-provisioning/$VERSION" --header 'Accept: */*' \
-        --header 'Accept-Encoding: identity' --header 'Connection: close'
-    case ${data:+POST}$status:$code in # status 000: none; code, of curl: 28 too slow, 63 too large
-    200:0 | POST2??:0) return 0 ;;
-    200:28 | POST2??:28 | *000:28) reason="$label: timed out" ;;
-    200:63 | POST2??:63) reason="$label: reply too large" ;;
-    200:* | POST2??:* | *000:[018] | *000:27) reason="$label: broken reply" ;;
-    *000:127) reason="$label: no curl or wget" ;;
-    *000:*) reason="$label: no connection" ;;
-    *) reason="$label: HTTP $status" ;;
-    esac
+# fail REASON: sets $reason; returns 1
+fail() {
+    reason=$1
     return 1
 }
 
-transfer() { # [--header HEADER]...: sets $status, $body, and $code to curl's exit status, or the one that fits wget's
-    if command -v curl >/dev/null; then
-        [ -z "$data" ] || set -- "$@" --data-binary "$data"
-        # Before curl 8.4, only --limit-rate bounds a body without a length: to 4 limits, and 4 KiB for each second.
-        { reply=$(curl -q --silent --fail --noproxy '*' --proto =http --max-time "$TIMEOUT" \
-            --limit-rate $((4 * limit / TIMEOUT + 4096)) --max-filesize "$limit" \
-            --write-out ' %{http_code} %{size_download}' "$@" "$url"); } 2>/dev/null
-        code=$? size=${reply##* }
-    else
-        [ -z "$data" ] || set -- "$@" --post-data "$data"
-        case $(wget --help 2>&1) in *--max-redirect*) set -- --no-config --tries=1 --max-redirect=0 "$@" ;; esac # GNU's
-        reply=$({
-            said=$(timeout "$TIMEOUT" wget -q -S -Y off -O - "$@" "$url" 2>&1 >&3)
-            code=$? status=000
-            case $said in *'  HTTP/1.'?' '[1-9][0-9][0-9]*) status=${said#*  HTTP/1.? } ;; esac
-            # timeout ends with 124 (coreutils) or 143 (BusyBox); wget indents what the server sent
-            case $code:$said in 124:* | 143:*) code=28 ;; [!0]:*'  '*) code=8 ;; [!0]:*) code=7 ;; esac
-            printf ' %.3s %s' "$status" "$code"
-        } 3>&1 2>/dev/null | head -c $((limit + 10)) | tr '\000' '\001')
-        [ "${#reply}" -lt $((limit + 10)) ] || reply="$reply 200 0" # cut there, and with it the end
-        code=${reply##* }
-        size=$((${#reply} - 5 - ${#code})) # without " STATUS CODE"
+# usage_error MESSAGE: say what is wrong with the command line or a setting, and end the program
+usage_error() {
+    complain "azure-provisioning: $1" "$USAGE"
+    exit 2
+}
+
+# ---- The run -----------------------------------------------------------------------------------
+
+# main [ARGUMENT]...: provision the VM; returns the exit status
+main() {
+    set -u # a variable that is not set is an error
+    set -f # a text that is split into words is not a pattern for file names
+    export LC_ALL=C
+    umask 077
+    trap '' PIPE # go on if nobody reads the output
+    parse_arguments "$@"
+    check_settings
+    if has_word remember "$steps" && is_remembered; then
+        return 0
     fi
-    reply=${reply% *}
-    status=${reply##* }
-    body=${reply% *}
-    [ "${#body}" -eq "$size" ] || body='\0' # a NUL byte was dropped: put in what is neither goal state nor hostname
-    [ "$size" -le "$limit" ] || code=63
+    run_steps
 }
 
-retry() { # STEP ATTEMPTS COMMAND [ARGUMENT]...: until COMMAND succeeds, or returns 2 for what will not change
-    step=$1 attempts=$2 attempt=1
-    shift 2
-    until "$@"; do
-        final=$?
-        complain "$step: attempt $attempt of $attempts: $reason"
-        last=$reason
-        case $final:$attempt in 2:* | *:"$attempts") reason="gave up after $attempt attempts" && return 1 ;; esac
-        sleep $((attempt < INTERVAL ? attempt : INTERVAL))
-        attempt=$((attempt + 1))
-    done
-}
-
-trim() { # TEXT: sets $value to its words, with a space between: a value has one
-    IFS=$SPACE
-    # shellcheck disable=SC2048,SC2086 # words; then without the empty ones that a CR makes
-    set -- $1 && set -- $*
-    value="$*"
-}
-
-parse() { # ROOT: read the document in $body, whose values are named at the end of tag; sets those that are in it
-    unset incarnation container instance user_name user_password no_passwords custom_data secret
-    wanted=$1 path='' place='' root='' text='' inside='' IFS='<'
-    case $body in *[$(printf '\001-\010\013\014\016-\037')]*) return 1 ;; esac # XML has no such characters
-    # Between two '<' stand a tag and the text behind it, or a part of a comment or processing instruction. What is
-    # before the first is put behind an instruction, ?x?>; the space keeps the shell from dropping a '<' at the end.
-    case $body in ["$SPACE<"]*) ;; $(printf '\357\273\277')["$SPACE<"]*) body=${body#???} ;; esac # byte order mark
-    case $body in '<?xml'["$SPACE"]*) body='<?x'${body#?????} ;; esac # the declaration, which stands nowhere else
-    for piece in '?x?>'$body' '; do
-        [ -n "$inside" ] || case $piece in
-        '!--'*) inside='-->' piece=${piece#!--} ;;
-        '!'* | '?'["$SPACE"?\>]* | '?'[Xx][Mm][Ll]["$SPACE"?]*) return 1 ;; # a DTD, CDATA; no name, or a reserved one
-        '?'*) inside='?>' ;;
-        *) tag || return 1 ;;
-        esac
-        [ -z "$inside" ] || case "$inside$piece " in
-        '-->'"${piece%%--*}--"[!\>]*) return 1 ;;          # '--' in a comment
-        "$path$inside"*"$inside"*[!"$SPACE"]*) return 1 ;; # text outside the root: $path is empty there
-        "$inside"*"$inside"*) inside='' text='<' ;;        # '<' spoils a value with a comment inside
-        esac
-    done
-    [ -z "$path$inside" ] && [ -n "$root" ]
-}
-
-tag() { # read the tag at the start of $piece, and the text behind it
-    while head=${piece%%[\"\'\>]*} && rest=${piece#"$head"}; do # drop the attributes: one may hold a '>'
-        case $rest in
-        '>'*) break ;;
-        \"*\"*) rest=${rest#?*\"} ;;
-        \'*\'*) rest=${rest#?*\'} ;;
-        *) return 1 ;;
-        esac
-        case $head in [!/]*["$SPACE"][!"$SPACE"=]*=*) piece="${head%%["$SPACE"]*} $rest" ;; *) return 1 ;; esac
-    done
-    name=${head#/}
-    name=${name%%["$SPACE"/]*} rest=${rest#>}
-    case $head in '' | / | ["$SPACE"]* | "/$name"*[!"$SPACE"]* | "$name"*/?* | "$name"*[!"$SPACE"/]*) return 1 ;; esac
-    case $head in
-    [!/]*) [ -n "$path" ] || [ "$root${name##*:}" = "$wanted" ] || return 1
-        root=$wanted path=$path/$name place=$place/${name##*:} text='' ;; # the place is without prefixes
+# find_step NAME: sets $function to the function of a step, or returns 1: the table of all steps
+find_step() {
+    case $1 in
+    ready) function=report_ready ;;
+    hostname) function=set_hostname ;;
+    disable) function=disable_unit ;;
+    user) function=create_user ;;
+    password) function=set_password ;;
+    data) function=save_data ;;
+    publish) function=publish_hostname ;;
+    remember) function=remember_vm ;;
+    *) return 1 ;;
     esac
-    case $head in
-    /* | */)
-        [ "${path##*/}" = "$name" ] || return 1
-        case $place in
-        /GoalState/Incarnation) trim "$text"; incarnation=${incarnation-$value} ;;
-        /GoalState/Container/ContainerId) trim "$text"; container=${container-$value} ;;
-        /GoalState/Container/RoleInstanceList/RoleInstance/InstanceId) trim "$text"; instance=${instance-$value} ;;
-        "$OVF/UserName") trim "$text"; user_name=${user_name-$value} ;;
-        "$OVF/UserPassword") user_password=${user_password-$text} ;;
-        "$OVF/DisableSshPasswordAuthentication") trim "$text"; no_passwords=${no_passwords-$value} ;;
-        "$OVF/CustomData") custom_data=${custom_data-$text} ;;
-        esac
-        path=${path%/*} place=${place%/*} text='<' ;; # '<' spoils a value with an element inside
-    *) text=$rest ;;
-    esac
-    [ -n "$path" ] || case $rest in *[!"$SPACE"]*) return 1 ;; esac
 }
 
-goal_state() {
-    exchange 'goal state' "${WIRESERVER%/}/machine?comp=goalstate" '' --header 'x-ms-version: 2012-11-30' \
-        --header 'x-ms-agent-name: custom-provisioning' || return
-    if parse GoalState; then reason=''; else reason='not a goal state'; fi
-    case ${incarnation-} in '' | *[!0-9]*) reason=${reason:-no Incarnation} ;; esac
-    case ${container-} in '' | *[!$ID]*) reason=${reason:-no ContainerId} ;; esac
-    case ${instance-} in '' | *[!$ID]*) reason=${reason:-no InstanceId} ;; esac
-    [ -z "$reason" ] || { reason="goal state: $reason" && return 1; }
-    say "ContainerId: $container" "InstanceId: $instance" "Incarnation: $incarnation"
-}
-
-health_report() { # STATE DETAILS: only for a goal state just read: the WireServer refuses an earlier incarnation
-    goal_state || return
-    report="<Health><GoalStateIncarnation>$incarnation</GoalStateIncarnation><Container><ContainerId>$container\
-</ContainerId><RoleInstanceList><Role><InstanceId>$instance</InstanceId><Health><State>$1</State>$2</Health></Role>\
-</RoleInstanceList></Container></Health>"
-    [ -z "$dry_run" ] || { say 'Would send the following data to Wireserver:' "$report" && return; }
-    say 'Sending the following data to Wireserver:' "$report"
-    exchange 'health report' "${WIRESERVER%/}/machine?comp=health" "$report" --header 'x-ms-version: 2012-11-30' \
-        --header 'x-ms-agent-name: custom-provisioning' --header 'Content-Type: text/xml;charset=utf-8' || return
-    say "Response: $status"
-}
-
-ready() {
-    say 'Retrieving goal state from the Wireserver'
-    retry ready "$ATTEMPTS" health_report Ready ''
-}
-
-not_ready() { # REASON: tell Azure that this VM will not be Ready, so that nobody waits for it
-    vm_id
-    case $1 in *': gave up after '*) set -- "$1: $last" ;; esac
-    description=$(printf '%.512s' "result=error|reason=$1|agent=azure-provisioning/$VERSION|vm_id=$id|timestamp=$(
-        date -u +%Y-%m-%dT%H:%M:%SZ)" | tr -c " -%'-;=?-~" ' ')
-    say 'Retrieving goal state from the Wireserver'
-    retry NotReady "$ATTEMPTS" health_report NotReady "<Details><SubStatus>ProvisioningFailed</SubStatus>\
-<Description>$description</Description></Details>" || complain "NotReady: $reason"
-}
-
-metadata() { # LEAF API_VERSION [EMPTY]: ask IMDS; sets $value; EMPTY is the reason why an empty one is no good
-    exchange "${1##*/}" "${IMDS%/}/metadata/instance/compute/$1?api-version=$2&format=text" '' \
-        --header 'Metadata: true' || case $reason in
-    *'HTTP 404' | *'HTTP 410' | *'HTTP 429' | *'HTTP 5'?? | *[!0-9]) return 1 ;; # the last: no status
-    *) return 2 ;; # any other status
-    esac
-    trim "$body"
-    reason="${1##*/}: ${3-}"
-    [ -n "$value" ] || [ -z "${3-}" ]
-}
-
-optional() { # STEP LEAF: ask IMDS for what may not be there; $value is empty then
-    retry "$1" 5 metadata "$2" 2021-02-01 && return
-    case $status in 400 | 404) value='' && return ;; esac # 400: an IMDS that does not know it
-    retry "$1" "$ATTEMPTS" metadata "$2" 2021-02-01
-}
-
-hostname() {
-    say 'Retrieving hostname from IMDS'
-    retry hostname 5 metadata osProfile/computerName 2021-02-01 'no valid hostname' ||
-        retry hostname "$ATTEMPTS" metadata name 2019-06-01 'no valid hostname' || return
-    case $value in *.*) longest=64 ;; *) longest=63 ;; esac # Linux takes 64 in all, DNS 63 between two dots
-    case $value in *[!A-Za-z0-9._-]* | [!A-Za-z0-9]* | *[!A-Za-z0-9] | *..*) longest=0 ;; esac
-    [ "${#value}" -le "$longest" ] || { reason='no valid hostname' && return 1; }
-    say "Hostname: $value"
-    run hostnamectl set-hostname "$value" && return
-    put /etc/hostname 644 '' printf '%s\n' "$value" || return
-    reason="cannot set the kernel's hostname"
-    { [ -n "$dry_run" ] || command hostname "$value" || printf '%s\n' "$value" >/proc/sys/kernel/hostname; } 2>/dev/null
-}
-
-disable() {
-    reason='neither systemctl nor rc-update disabled azure-provisioning'
-    run systemctl disable azure-provisioning.service || run rc-update del azure-provisioning || return
-    did 'Disabled azure-provisioning.service'
-}
-
-user() {
-    say 'Retrieving user from IMDS'
-    retry user "$ATTEMPTS" metadata osProfile/adminUsername 2021-02-01 'no valid user name' || return
-    user=$value reason='no valid user name'
-    valid_user "$user" || return
-    say "User: $user"
-    ssh_keys || return
-    shell=$(command -v /bin/bash || say /bin/sh)
-    account "$user" /etc/passwd || run useradd -m -s "$shell" "$user" || run adduser -D -s "$shell" "$user"
-    [ -z "$dry_run" ] || account "$user" /etc/passwd || return 0
-    reason='neither useradd nor adduser made the user'
-    account "$user" /etc/shadow || account "$user" /etc/passwd || return
-    reason='chpasswd failed' # with '!', sshd without PAM takes no key, either; '*' is just no password
-    case $secret in '!'*) say "$user:*" | run chpasswd -e || run usermod -p '*' "$user" || return ;; esac
-    account "$user" /etc/passwd && authorize && grant
-}
-
-# sudo takes names in capitals, such as ALL, for something else
-valid_user() { printf '%s\n' "$1" | grep -Ex '[A-Za-z_][A-Za-z0-9._-]{0,31}' | grep '[a-z]' | grep -qvx root; }
-
-account() { # NAME FILE: find it in /etc/passwd or /etc/shadow; sets $secret, $owner and $home
-    while IFS=: read -r name secret uid gid _ home _ || [ -n "$name" ]; do
-        [ "$name" != "$1" ] || { owner=$uid:$gid && return; }
-    done 2>/dev/null <"$2"
-    return 1
-}
-
-ssh_keys() { # sets $keys, a line each
-    optional user publicKeys || return
-    list=$value keys='' number=0 IFS=$SPACE
-    for entry in $list; do
-        reason='publicKeys: no valid list' # 0/ 1/ 2/ and so on
-        [ "${entry%/}" = $number ] && [ $number -lt 100 ] || return 1
-        optional user publicKeys/$number/keyData || return
-        trim "$(printf '%s' "${value:+$body}" | tr -d '\r\n')" # a key may be broken into lines
-        { printf '%s\n' "$value" | grep -Eqx "$KEY" && say "SSH key: ${value%% *}" && keys=$keys$value$NEWLINE; } ||
-            complain "user: publicKeys/$number: no OpenSSH public key"
-        number=$((number + 1))
-    done
-    [ -z "$keys" ] || return 0
-    optional user osProfile/disablePasswordAuthentication || return
-    reason='no valid SSH key, and no password'
-    [ "$value" = false ]
-}
-
-authorize() { # let the user of $home in with $keys
-    [ -n "$keys" ] || return 0
-    reason="$home/.ssh: a symlink is in the way"
-    [ ! -L "$home/.ssh" ] && [ ! -L "$home/.ssh/authorized_keys" ] || return
-    reason="cannot make $home/.ssh"
-    [ -d "$home" ] || { run mkdir -p "$home" && run chown "$owner" "$home"; } || return # an earlier run was cut off
-    run mkdir -p "$home/.ssh" && run chown -h "$owner" "$home/.ssh" && run chmod 700 "$home/.ssh" &&
-        run chmod go-w "$home" || return
-    known=$(cat "$home/.ssh/authorized_keys" 2>/dev/null) IFS=$NEWLINE
-    known=$known${known:+$NEWLINE}
-    for key in $keys; do
-        blob=${key#* }
-        blob="${key%% *} ${blob%% *}"
-        case $NEWLINE$known in *"$NEWLINE$blob "* | *"$NEWLINE$blob$NEWLINE"*) ;; *) known=$known$key$NEWLINE ;; esac
-    done
-    put "$home/.ssh/authorized_keys" 600 "$owner" printf %s "$known"
-}
-
-grant() { # sudo or doas to the user, without a password
-    doas=/etc/doas.conf
-    [ ! -d /etc/doas.d ] || doas=/etc/doas.d/azure-provisioning.conf
-    rule="$user ALL=(ALL:ALL) NOPASSWD:ALL" rules=$(grep -vxF "permit nopass $user" $doas 2>/dev/null)
-    rules="${rules:+$rules$NEWLINE}permit nopass $user"
-    if say "$rule" | run visudo -q -c -f -; then put /etc/sudoers.d/azure-provisioning 440 '' printf '%s\n' "$rule"
-    elif say "$rules" | run doas -C /dev/stdin; then put $doas 440 '' printf '%s\n' "$rules"
-    else complain "user: neither sudo nor doas takes a rule for $user"; fi
-}
-
-dvd() { # read the DVD that is in the drive on the first boot
-    folder=/run/azure-provisioning/dvd reason='ovf-env.xml: no DVD'
-    mkdir -p $folder && { [ -f $folder/ovf-env.xml ] || { [ -e /dev/sr0 ] && # there already: a run was cut off
-        call mount -t udf,iso9660 -o ro,nosuid,nodev,noexec /dev/sr0 $folder; }; } || return
-    body=$([ ! -f $folder/ovf-env.xml ] || head -c $DATA_LIMIT $folder/ovf-env.xml | tr '\000' '\001')
-    call umount $folder
-    reason='ovf-env.xml: not an OVF environment'
-    parse Environment
-}
-
-password() {
-    say 'Retrieving password from the DVD'
-    retry password 5 dvd || return
-    reason='no valid user name'
-    valid_user "${user_name-}" || return
-    reason='no valid password'
-    case ${user_password-} in *['<'$CONTROL]*) return 1 ;; esac
-    TEXT=${user_password-} awk "$PRINT" | sed -E 's/&(lt|gt|quot|apos|amp);//g' | grep -q '&' && return 1
-    secret=$(TEXT=${user_password-} awk "$PRINT" |
-        sed "s/&lt;/</g; s/&gt;/>/g; s/&quot;/\"/g; s/&apos;/'/g; s/&amp;/\&/g")
-    [ -n "$secret" ] || [ -z "${user_password-}" ] && [ ${#secret} -le 72 ] || return
-    reason='chpasswd failed'
-    [ -z "$secret" ] || TEXT=$user_name:$secret awk "$PRINT" 2>/dev/null | run chpasswd || return
-    [ -z "$secret" ] || did 'Password set'
-    case ${no_passwords-} in [Tt][Rr][Uu][Ee]) sshd no ;; [Ff][Aa][Ll][Ss][Ee]) sshd yes ;; esac
-}
-
-sshd() { # ANSWER: whether it takes passwords, at either of its two prompts; of each, the first line counts
-    [ -f /etc/ssh/sshd_config ] || return 0
-    others=$(sed '1,2{/^PasswordAuthentication /d;/^KbdInteractiveAuthentication /d;}' /etc/ssh/sshd_config)
-    put /etc/ssh/sshd_config 644 '' printf 'PasswordAuthentication %s\nKbdInteractiveAuthentication %s\n%s' "$1" "$1" \
-        "${others:+$others$NEWLINE}" || return
-    did "PasswordAuthentication: $1"
-    run systemctl try-reload-or-restart sshd.service || run systemctl try-reload-or-restart ssh.service ||
-        run rc-service --ifstarted sshd reload || :
-}
-
-data() {
-    say 'Retrieving user data from IMDS'
-    optional data userData && save userData user-data || return
-    say 'Retrieving custom data from the DVD'
-    ! retry data 5 dvd || { trim "${custom_data-}" && save customData custom-data; }
-}
-
-save() { # LABEL NAME: write $value, which is base64, to a file of $STATE; without one, remove that of another VM
-    file=$STATE/$2 reason="$1: no base64"
-    [ -n "$value" ] || { reason="cannot remove $file" && run rm -f "$file" && did "$1: none"; return; }
-    value=$(TEXT=$value awk "$PRINT" | tr -d ' ' | grep -Ex "$BASE64") || return
-    reason="cannot write $file"
-    TEXT=$value awk "$PRINT" 2>/dev/null | put "$file" 600 '' base64 -d && did "$1: $file"
-}
-
-publish() {
-    interface='' reason='no default route'
-    while IFS=$SPACE read -r name destination _ _ _ _ _ mask _; do
-        case $name/$destination/$mask in '*'*) ;; */00000000/00000000) interface=${interface:-$name} ;; esac
-    done </proc/self/net/route
-    [ -n "$interface" ] || return
-    reason="no DHCP client renewed the lease of $interface"
-    run networkctl reconfigure "$interface" || run nmcli device reapply "$interface" || run dhcpcd -n "$interface" ||
-        { run dhclient -1 -q -sf /bin/true "$interface" && run dhclient -x -q "$interface"; } || # a second, for once
-        run killall -USR1 udhcpc || return
-    did "Renewed the DHCP lease of $interface"
-}
-
-vm_id() { id=$({ tr A-F a-f </sys/class/dmi/id/product_uuid; } 2>/dev/null | grep -Ex '[0-9a-f-]{36}'); } # sets $id
-
-remember() {
-    reason='cannot read /sys/class/dmi/id/product_uuid'
-    vm_id && put $STATE/vm-id 600 '' printf '%s\n' "$id" && did "Remembered: $id"
-}
-
-main() { # [STEP]...
-    steps='' dry_run='' told='' IFS=$SPACE
-    for step; do
-        case $step in
-        ready | hostname | disable | user | password | data | publish | remember) steps="$steps $step" ;;
-        -n | --dry-run) dry_run=yes ;;
-        -h | --help) say "$USAGE" && exit ;;
-        --version) say "azure-provisioning $VERSION" && exit ;;
-        *) misused "unknown step or option: $step" ;;
+# parse_arguments [ARGUMENT]...: sets $steps, and DRY_RUN. The first -h, --version or mistake ends
+# the program.
+parse_arguments() {
+    local argument
+    steps=''
+    for argument; do
+        case $argument in
+        -n | --dry-run)
+            DRY_RUN=yes
+            ;;
+        -h | --help)
+            say "$USAGE"
+            exit
+            ;;
+        --version)
+            say "azure-provisioning $VERSION"
+            exit
+            ;;
+        *)
+            find_step "$argument" || usage_error "unknown step or option: $argument"
+            steps="$steps $argument"
+            ;;
         esac
     done
+    steps=${steps:-ready hostname disable}
+}
+
+# check_settings: check the settings, and take the '/' from the end of the URLs
+check_settings() {
     check_url AZURE_PROVISIONING_WIRESERVER "$WIRESERVER"
     check_url AZURE_PROVISIONING_IMDS "$IMDS"
     check_number AZURE_PROVISIONING_ATTEMPTS "$ATTEMPTS" 1
     check_number AZURE_PROVISIONING_INTERVAL "$INTERVAL" 0
     check_number AZURE_PROVISIONING_TIMEOUT "$TIMEOUT" 1
-    [ -n "$steps" ] || steps=' ready hostname disable'
-    case $steps in *remember*) vm_id && grep -qsx "$id" $STATE/vm-id && say "Already provisioned: $id" && exit ;; esac
+    WIRESERVER=${WIRESERVER%/}
+    IMDS=${IMDS%/}
+}
+
+# check_url NAME URL: a usage error if the base URL is not http://HOST[:PORT][/PATH]
+check_url() {
+    local address="${2#http://}"
+    case $2 in
+    http://*) ;;
+    *) usage_error "bad $1" ;;
+    esac
+    case $address in
+    '' | :* | /* | *//* | *[!A-Za-z0-9._~:/-]*) usage_error "bad $1" ;;
+    esac
+    address=${address%%/*} # HOST[:PORT]
+    case $address in
+    *:??????*) usage_error "bad $1" ;; # more than five digits
+    *:*) check_number "$1" "${address#*:}" 1 ;;
+    esac
+}
+
+# check_number NAME NUMBER LEAST: a usage error if it is no number of up to six digits, without
+# leading zeros
+check_number() {
+    case $2 in
+    '' | *[!0-9]* | 0?*) usage_error "bad $1" ;;
+    esac
+    if [ "${#2}" -gt 6 ] || [ "$2" -lt "$3" ]; then
+        usage_error "bad $1"
+    fi
+}
+
+# run_steps: run $steps until one fails; returns the exit status
+run_steps() {
+    local step tried=''
     for step in $steps; do
-        steps=${steps#*" $step"} # what is still to come
-        [ "$step" != ready ] || told=yes
-        "$step" && continue
-        complain "$step: $reason"
-        case $told:$steps in :*ready*) not_ready "$step: $reason" ;; esac
-        exit 1
+        tried="$tried $step"
+        if ! run_step "$step"; then
+            complain "$step: $reason"
+            if has_word ready "$steps" && ! has_word ready "$tried"; then
+                report_not_ready "$step: $reason$last_attempt"
+            fi
+            return 1
+        fi
     done
+}
+
+# run_step STEP: run a step; can fail. It may set $last_attempt, why the last attempt failed, to be
+# added where Azure is told the reason.
+run_step() {
+    reason='unknown error' # in case that a function returns 1 by mistake
+    last_attempt=''
+    find_step "$1"
+    "$function"
+}
+
+# has_word WORD WORDS: whether it is one of the words
+has_word() {
+    case " $2 " in
+    *" $1 "*) ;;
+    *) return 1 ;;
+    esac
+}
+
+# ---- Commands and files ------------------------------------------------------------------------
+
+# has_command NAME: whether there is such a program on PATH
+has_command() {
+    command -v "$1" >/dev/null
+}
+
+# run COMMAND [ARGUMENT]...: run a command that changes the system; returns whether it is there and
+# succeeds. A dry run prints the command instead.
+run() {
+    local IFS=' ' # stands between the words of $*
+    has_command "$1" || return 1
+    if [ -n "$DRY_RUN" ]; then
+        say "Would run: $*"
+        return
+    fi
+    "$@" || return 1
+}
+
+# say_done LINE: print that something has been changed; a dry run does not print it
+say_done() {
+    [ -n "$DRY_RUN" ] || say "$1"
+}
+
+# write_file FILE MODE OWNER COMMAND [ARGUMENT]...: replace a file, or make a new one, by what the
+# command prints. Nobody who reads it meanwhile finds half of it. OWNER is UID:GID; '' is root. Can
+# fail.
+write_file() {
+    local file="$1" mode="$2" owner="$3"
+    shift 3
+    if [ -n "$DRY_RUN" ]; then
+        say "Would write $file"
+        return
+    fi
+    if ! write_new_file "$@" 2>/dev/null; then
+        rm -f "$file.new"
+        fail "cannot write $file"
+    fi
+}
+
+# write_new_file COMMAND [ARGUMENT]...: do the work of write_file, with its $file, $mode and $owner
+write_new_file() {
+    mkdir -p "${file%/*}" || return 1
+    if [ -d "$file" ]; then # mv would put the new file into it
+        return 1
+    fi
+    rm -f "$file.new" || return 1
+    (
+        set -C # the file has to be a new one, and no symlink
+        "$@" >"$file.new"
+    ) || return 1
+    chmod "$mode" "$file.new" || return 1
+    [ -z "$owner" ] || chown -h "$owner" "$file.new" || return 1
+    mv -f "$file.new" "$file" || return 1
+}
+
+# ---- HTTP --------------------------------------------------------------------------------------
+
+# exchange LABEL URL DATA LIMIT [--header HEADER]...: send a POST with the data, or a GET if they
+# are ''; sets $status of the reply, 000 without one, and $body. Can fail: the reason has the
+# label.
+#
+# Good is status 200, and for a POST any 2xx. The limit is that of the body, in bytes.
+exchange() {
+    local label="$1" url="$2" data="$3" limit="$4" problem
+    shift 4
+    set -- "$@" \
+        --header "User-Agent: azure-provisioning/$VERSION" \
+        --header 'Accept: */*' \
+        --header 'Accept-Encoding: identity' \
+        --header 'Connection: close'
+    if has_command curl; then
+        { take_reply "$(send_with_curl "$@")"; } 2>/dev/null
+    elif has_command wget; then
+        # head ends what has no end. The shell would drop a NUL byte: tr makes it INVALID.
+        take_reply "$(send_with_wget "$@" 2>/dev/null |
+            head -c $((limit + 100)) |
+            tr '\000' "$INVALID")"
+    else
+        status=000
+        problem='no curl or wget'
+        hopeless=yes # see retry
+    fi
+    case $status in # a bad status says more than what went wrong behind it
+    000 | 200) ;;
+    2??) [ -n "$data" ] || fail "$label: HTTP $status" || return ;;
+    *) fail "$label: HTTP $status" || return ;;
+    esac
+    [ "$problem" = none ] || fail "$label: $problem"
+}
+
+# send_with_curl [--header HEADER]...: send a request to its $url, with its $data. Prints the
+# reply's body and three lines, for take_reply:
+#     STATUS, 000 without a reply
+#     SIZE of the body
+#     PROBLEM, or none
+send_with_curl() {
+    local bytes_a_second
+    [ -z "$data" ] || set -- "$@" --data-binary "$data"
+    # Before curl 8.4, --max-filesize does not stop a body whose size is not announced. So slow a
+    # transfer stops in time: four times the limit takes TIMEOUT.
+    bytes_a_second=$((4 * limit / TIMEOUT + 4096))
+    curl -q --silent --fail --noproxy '*' --proto =http --max-time "$TIMEOUT" \
+        --max-filesize "$limit" --limit-rate "$bytes_a_second" \
+        --write-out '\n%{http_code}\n%{size_download}\n' "$@" "$url"
+    case $? in
+    0 | 22) echo none ;; # 22: --fail says that the status is bad
+    28) echo 'timed out' ;;
+    63) echo 'reply too large' ;;
+    1 | 8) echo 'broken reply' ;; # it is not HTTP
+    *) echo 'no connection' ;;
+    esac
+}
+
+# send_with_wget [--header HEADER]...: the same with wget, of GNU or of BusyBox. It does not know
+# the SIZE, which is empty then.
+send_with_wget() {
+    local said code status=000
+    [ -z "$data" ] || set -- "$@" --post-data "$data"
+    case $(wget --help 2>&1) in
+    *--max-redirect*) set -- --no-config --tries=1 --max-redirect=0 "$@" ;; # only GNU's has these
+    esac
+    # wget's stdout, the body, becomes our stdout, by way of 3. Its stderr is caught in a variable.
+    { said=$(timeout "$TIMEOUT" wget -q -S -Y off -O - "$@" "$url" 2>&1 >&3); } 3>&1
+    code=$?
+    case $said in # it shows the reply's head, with two spaces before each line
+    *'  HTTP/1.'?' '[1-9][0-9][0-9]*) status=${said#*'  HTTP/1.'? } ;;
+    esac
+    printf '\n%.3s\n\n' "$status" # its first three characters
+    case $status:$code:$said in
+    000:0:* | 000:*:*'  '*) echo 'broken reply' ;; # it is not HTTP
+    *:0:*) echo none ;;
+    *:124:* | *:143:*) echo 'timed out' ;; # timeout's status: coreutils, BusyBox
+    *) echo 'no connection' ;;
+    esac
+}
+
+# take_reply REPLY: take apart what one of these printed; sets $status, $body and $problem
+take_reply() {
+    local rest="$1" size
+    problem=${rest##*"$NEWLINE"}
+    rest=${rest%"$NEWLINE"*}
+    size=${rest##*"$NEWLINE"}
+    rest=${rest%"$NEWLINE"*}
+    status=${rest##*"$NEWLINE"}
+    body=${rest%"$NEWLINE"*}
+    case $status:$size in
+    [0-9][0-9][0-9]: | [0-9][0-9][0-9]:*[0-9]) ;;
+    *) # the end is missing: head has cut it off, or the client was killed
+        status=000
+        problem='no connection'
+        if [ "${#1}" -gt "$limit" ]; then
+            status=200
+            problem='reply too large'
+        fi
+        ;;
+    esac
+    if [ "${#body}" -gt "$limit" ]; then
+        problem='reply too large'
+    elif [ "$problem" = 'no connection' ] && [ "$status" != 000 ]; then
+        problem='broken reply' # the connection was lost behind the status
+    fi
+    if [ -n "$size" ] && [ "$size" != "${#body}" ]; then
+        body=$INVALID # there was a NUL byte in it, which the shell drops
+    fi
+}
+
+# ---- Attempts ----------------------------------------------------------------------------------
+
+# retry STEP ATTEMPTS required|optional COMMAND [ARGUMENT]...: call the command until it does not
+# fail. Can fail, after all attempts, or if the command has set $hopeless.
+#
+# The wait after the first attempt is 1 second, then 2, 3 and so on, up to INTERVAL.
+# optional: IMDS may say (404, 400) that it has no such value, but for a moment it says so of each
+# value. Believe it after ENOUGH_ABSENCES, or if all attempts end so, and set $value to ''.
+retry() {
+    local step="$1" attempts="$2" kind="$3" attempt=0 absences=0
+    shift 3
+    while :; do
+        attempt=$((attempt + 1))
+        absent=''   # request_leaf sets it
+        hopeless='' # exchange sets it
+        if "$@"; then
+            return
+        fi
+        complain "$step: attempt $attempt of $attempts: $reason"
+        if [ -n "$absent" ]; then
+            absences=$((absences + 1))
+        fi
+        if [ "$kind" = optional ]; then
+            case $absences in
+            "$ENOUGH_ABSENCES" | "$attempts")
+                value=''
+                return
+                ;;
+            esac
+        fi
+        if [ "$attempt" -eq "$attempts" ] || [ -n "$hopeless" ]; then
+            last_attempt=": $reason"
+            fail "gave up after $attempt attempts" || return
+        fi
+        sleep $((attempt < INTERVAL ? attempt : INTERVAL))
+    done
+}
+
+# ---- Step ready: the goal state and the health report ------------------------------------------
+
+# report_ready: report to the WireServer that this VM is Ready; can fail
+report_ready() {
+    say 'Retrieving goal state from the Wireserver'
+    retry ready "$ATTEMPTS" required report_health Ready ''
+}
+
+# report_health STATE DETAILS: request the goal state, and send a health report for it; can fail
+#
+# Both belong to one attempt, as the WireServer refuses a report for an old incarnation.
+report_health() {
+    local report
+    request_goal_state || return
+    report="<Health>\
+<GoalStateIncarnation>$incarnation</GoalStateIncarnation>\
+<Container>\
+<ContainerId>$container_id</ContainerId>\
+<RoleInstanceList><Role>\
+<InstanceId>$instance_id</InstanceId>\
+<Health><State>$1</State>$2</Health>\
+</Role></RoleInstanceList>\
+</Container>\
+</Health>"
+    if [ -n "$DRY_RUN" ]; then
+        say 'Would send the following data to Wireserver:' "$report"
+        return
+    fi
+    say 'Sending the following data to Wireserver:' "$report"
+    exchange 'health report' "$WIRESERVER/machine?comp=health" "$report" "$BODY_LIMIT" \
+        --header 'x-ms-version: 2012-11-30' \
+        --header 'x-ms-agent-name: custom-provisioning' \
+        --header 'Content-Type: text/xml;charset=utf-8' || return
+    say "Response: $status"
+}
+
+# request_goal_state: sets $incarnation, $container_id and $instance_id; can fail
+request_goal_state() {
+    exchange 'goal state' "$WIRESERVER/machine?comp=goalstate" '' "$BODY_LIMIT" \
+        --header 'x-ms-version: 2012-11-30' \
+        --header 'x-ms-agent-name: custom-provisioning' || return
+    unset incarnation container_id instance_id
+    read_xml GoalState take_goal_state || fail 'goal state: not a goal state' || return
+    squeeze "${incarnation-}"
+    incarnation=$value
+    squeeze "${container_id-}"
+    container_id=$value
+    squeeze "${instance_id-}"
+    instance_id=$value
+    is_number "$incarnation" || fail 'goal state: no Incarnation' || return
+    is_id "$container_id" || fail 'goal state: no ContainerId' || return
+    is_id "$instance_id" || fail 'goal state: no InstanceId' || return
+    say "ContainerId: $container_id" "InstanceId: $instance_id" "Incarnation: $incarnation"
+}
+
+# take_goal_state PATH TEXT: keep the text of the first element at each of these paths. read_xml
+# calls it.
+take_goal_state() {
+    case $1 in
+    GoalState/Incarnation)
+        incarnation=${incarnation-$2}
+        ;;
+    GoalState/Container/ContainerId)
+        container_id=${container_id-$2}
+        ;;
+    GoalState/Container/RoleInstanceList/RoleInstance/InstanceId)
+        instance_id=${instance_id-$2}
+        ;;
+    esac
+}
+
+# read_xml ROOT TAKE: read the XML document in $body; returns 1 if it is none, or has another root.
+#
+# The document is cut at each '<'. At the end of each element, the function TAKE is called with the
+# element's path and its text. As an example, these are the pieces of <a>1<b>2</b><c/></a>:
+#
+#     piece    $path behind it    $text behind it    call
+#     a>1      /a                 1
+#     b>2      /a/b               2
+#     /b>      /a                 INVALID            TAKE a/b 2
+#     c/>      /a                 INVALID            TAKE a/c ''
+#     /a>                         INVALID            TAKE a INVALID, as there are elements in it
+#
+# It refuses some legal documents, which Azure does not send: with a document type definition, with
+# CDATA, with a '>' in an attribute, or with a tag of over 1000 bytes. A text with a comment is
+# INVALID.
+read_xml() {
+    local root="$1" take="$2" path='' text='' root_seen='' markup_end='' before piece IFS='<'
+    case $body in
+    *'<') return 1 ;; # for the shell, nothing is not a piece
+    esac
+    before=${body%%<*}
+    is_blank "${before#"$BYTE_ORDER_MARK"}" || return 1
+    for piece in ${body#"$before<"}; do
+        if [ -z "$markup_end" ]; then
+            case $piece in
+            '!--'*) # a comment
+                markup_end='-->'
+                piece=${piece#'!--'}
+                ;;
+            '?'*) # an instruction, or the XML declaration
+                markup_end='?>'
+                piece=${piece#'?'}
+                ;;
+            esac
+        fi
+        if [ -z "$markup_end" ]; then
+            read_piece "$piece" || return 1
+        else # up to the end of the markup, a '<' means nothing
+            text=$INVALID
+            case $piece in
+            *"$markup_end"*) markup_end='' ;;
+            esac
+        fi
+    done
+    [ -n "$root_seen" ] && [ -z "$path$markup_end" ] # the last two: nothing is open
+}
+
+# read_piece PIECE: read TAG>TEXT, for read_xml: sets its $path, $text and $root_seen. Returns 1 if
+# it is wrong here.
+read_piece() {
+    local tag="${1%%>*}" name
+    if [ "$tag" = "$1" ] || [ "${#tag}" -gt 1000 ]; then # no '>'; or a tag that would take long
+        return 1
+    fi
+    name=${tag#/}
+    name=${name%%["$SPACE"/]*} # without attributes
+    name=${name##*:}           # without a prefix
+    case $tag in
+    "$name" | "/$name") ;;                     # no attributes, no prefix: so are most tags
+    */["$SPACE"]*) return 1 ;;                 # a '/' that ends no tag
+    *) has_paired_quotes "$tag" || return 1 ;; # otherwise the '>' is in an attribute
+    esac
+    case $tag in
+    /*)
+        close_element "$name" || return 1
+        ;;
+    */)
+        open_element "$name" '' || return 1
+        close_element "$name" || return 1
+        ;;
+    *)
+        open_element "$name" "${1#*>}" || return 1
+        ;;
+    esac
+    if [ -z "$path" ]; then # behind the root
+        is_blank "${1#*>}" || return 1
+    fi
+}
+
+# has_paired_quotes TAG: whether each quote in it has a second one
+has_paired_quotes() {
+    local rest="$1"
+    while :; do
+        rest=${rest#"${rest%%[\"\']*}"} # the tag from its first quote on
+        case $rest in
+        '') return ;;
+        \"*\"*) rest=${rest#\"*\"} ;;
+        \'*\'*) rest=${rest#\'*\'} ;;
+        *) return 1 ;;
+        esac
+    done
+}
+
+# open_element NAME TEXT: go down into an element: sets $path and $text. Returns 1 if it is a wrong
+# or a second root, or no element.
+open_element() {
+    case $1 in
+    '' | '!'*) return 1 ;; # '!': a document type definition, or CDATA
+    esac
+    if [ -z "$path" ]; then
+        [ -z "$root_seen" ] && [ "$1" = "$root" ] || return 1
+        root_seen=yes
+    fi
+    path=$path/$1
+    text=$2
+    [ "${#path}" -le 5000 ] # a deeper one would take long
+}
+
+# close_element NAME: go up from an element: call TAKE, and set $path and $text. Returns 1 if it is
+# not the open one.
+close_element() {
+    [ -n "$1" ] && [ "$1" = "${path##*/}" ] || return 1
+    "$take" "${path#/}" "$text"
+    path=${path%/*}
+    text=$INVALID
+}
+
+# is_blank TEXT: whether it is white space, or nothing
+is_blank() {
+    case $1 in
+    *[!"$SPACE"]*) return 1 ;;
+    esac
+}
+
+# squeeze TEXT: sets $value to the text without white space at its ends, and with one space for each
+# run of it
+squeeze() {
+    local IFS="$SPACE"
+    # shellcheck disable=SC2086 # split into words
+    set -- $1
+    # The first time, two CR have an empty word between them. The second time, it goes.
+    # shellcheck disable=SC2048,SC2086
+    set -- $*
+    value="$*"
+}
+
+# is_number TEXT: whether it is decimal digits
+is_number() {
+    case $1 in
+    '' | *[!0-9]*) return 1 ;;
+    esac
+}
+
+# is_id TEXT: whether it is visible ASCII, '!' to '~', without the characters that have a meaning
+# in XML
+is_id() {
+    case $1 in
+    '' | *[!!-~]*) return 1 ;;
+    *[\<\>\&\"\']*) return 1 ;;
+    esac
+}
+
+# ---- Step hostname: a value from IMDS ----------------------------------------------------------
+
+# set_hostname: set the hostname that the user chose, or the resource name if IMDS says there is
+# none; can fail
+set_hostname() {
+    local name
+    say 'Retrieving hostname from IMDS'
+    retry hostname "$ATTEMPTS" optional request_text osProfile/computerName || return
+    if [ -z "$value" ]; then
+        retry hostname "$ATTEMPTS" required request_text name || return
+    fi
+    name=$value
+    is_hostname "$name" || fail 'no valid hostname' || return
+    say "Hostname: $name"
+    if ! run hostnamectl set-hostname "$name"; then
+        write_file /etc/hostname 644 '' printf '%s\n' "$name" || return
+        set_kernel_hostname "$name"
+    fi
+}
+
+# is_hostname TEXT: whether it is a hostname. Linux takes 64 characters, DNS 63 without a dot among
+# them.
+is_hostname() {
+    local longest=63
+    case $1 in
+    *.*) longest=64 ;;
+    esac
+    case $1 in
+    '' | *[!A-Za-z0-9._-]*) return 1 ;;
+    [!A-Za-z0-9]* | *[!A-Za-z0-9] | *..*) return 1 ;;
+    esac
+    [ "${#1}" -le $longest ]
+}
+
+# set_kernel_hostname NAME: set the hostname until the next boot, which reads /etc/hostname; can
+# fail
+set_kernel_hostname() {
+    if [ -n "$DRY_RUN" ]; then
+        return
+    fi
+    hostname "$1" 2>/dev/null ||
+        { printf '%s\n' "$1" >/proc/sys/kernel/hostname; } 2>/dev/null ||
+        fail "cannot set the kernel's hostname"
+}
+
+# request_text LEAF: sets $value to a value from IMDS, squeezed. Can fail, also if it is empty.
+request_text() {
+    request_leaf "$1" || return
+    squeeze "$value"
+    [ -n "$value" ] || fail "${1##*/}: empty"
+}
+
+# request_leaf LEAF [LIMIT]: sets $value to a value from IMDS, which may be empty. A leaf is a
+# value's path below "compute". Can fail, and sets $absent for status 404, and 400, of an IMDS that
+# is too old to know the value.
+request_leaf() {
+    local leaf="$1" limit="${2-$BODY_LIMIT}" version=2021-02-01 url
+    if [ "$leaf" = name ]; then
+        version=2019-06-01 # an old IMDS has at least the name
+    fi
+    url="$IMDS/metadata/instance/compute/$leaf?api-version=$version&format=text"
+    if ! exchange "${leaf##*/}" "$url" '' "$limit" --header 'Metadata: true'; then
+        case $status in
+        400 | 404) absent=yes ;;
+        esac
+        return 1
+    fi
+    value=$body
+}
+
+# ---- Step disable ------------------------------------------------------------------------------
+
+# disable_unit: disable the service, of systemd or OpenRC, so that the next boot does not run it;
+# can fail
+disable_unit() {
+    run systemctl disable azure-provisioning.service ||
+        run rc-update del azure-provisioning ||
+        fail 'neither systemctl nor rc-update disabled azure-provisioning' || return
+    say_done 'Disabled azure-provisioning.service'
+}
+
+# ================================================================================================
+# The default run ends here. What follows runs only if another step is named.
+# ================================================================================================
+
+# ---- NotReady: a step before ready failed ------------------------------------------------------
+
+# report_not_ready REASON: report to the WireServer that this VM will not be Ready, so that nobody
+# waits for it
+report_not_ready() {
+    local now message description
+    read_vm_id
+    now=$(date -u +%Y-%m-%dT%H:%M:%SZ)
+    message="result=error|reason=$1|agent=azure-provisioning/$VERSION|vm_id=$vm_id|timestamp=$now"
+    # Spaces take the place of what is not ' ' to '~', ASCII that can be printed, and of & < >.
+    description=$(printf '%.512s' "$message" | tr -c ' -~' ' ' | tr '&<>' ' ')
+    say 'Retrieving goal state from the Wireserver'
+    retry NotReady "$ATTEMPTS" required report_health NotReady "<Details>\
+<SubStatus>ProvisioningFailed</SubStatus>\
+<Description>$description</Description>\
+</Details>" || complain "NotReady: $reason"
+}
+
+# read_vm_id: sets $vm_id to the id of this VM in lower case, '' if the firmware does not tell one
+read_vm_id() {
+    vm_id=''
+    if read_file /sys/class/dmi/id/product_uuid; then
+        vm_id=$(printf '%s\n' "$text" | tr A-F a-f)
+    fi
+    case $vm_id in
+    *[!0-9a-f-]*) vm_id='' ;;
+    esac
+    if [ "${#vm_id}" -ne 36 ]; then
+        vm_id=''
+    fi
+}
+
+# read_file FILE: sets $text to the text of a file without line feeds at its end, '' if there is no
+# such file. Can fail, also if it is no text. A file that was not read must not be replaced.
+read_file() {
+    text=''
+    if [ ! -e "$1" ] && [ ! -L "$1" ]; then
+        return
+    fi
+    [ -f "$1" ] || fail "cannot read $1" || return # opening a FIFO would take for ever
+    # The shell would drop a NUL byte: tr makes it INVALID.
+    { text=$(tr '\000' "$INVALID" <"$1"); } 2>/dev/null || fail "cannot read $1" || return
+    case $text in
+    *"$INVALID"*) fail "cannot read $1" ;;
+    esac
+}
+
+# ---- Step user: the account, its SSH keys, sudo or doas ----------------------------------------
+
+# create_user: create the admin user, unless there is one, and let it log in with its keys; can fail
+create_user() {
+    local name shell=/bin/sh
+    say 'Retrieving user from IMDS'
+    retry user "$ATTEMPTS" required request_text osProfile/adminUsername || return
+    name=$value
+    is_user_name "$name" || fail 'no valid user name' || return
+    say "User: $name"
+    request_keys || return
+    find_account "$name" || return
+    if [ -z "$account" ]; then
+        if [ -x /bin/bash ]; then
+            shell=/bin/bash
+        fi
+        if ! run useradd -m -s $shell "$name"; then
+            run adduser -D -s $shell "$name" # BusyBox's; whether it worked is seen below
+        fi
+        if [ -n "$DRY_RUN" ]; then # the account is not there, so the rest cannot be tried
+            return
+        fi
+        find_account "$name" || return
+    fi
+    [ -n "$account" ] || fail 'neither useradd nor adduser made the user' || return
+    unlock_account || return
+    if [ -n "$keys" ]; then
+        authorize_keys || return
+    fi
+    grant_root "$name"
+}
+
+# is_user_name TEXT: whether it is a user name with a small letter: to sudo, ALL and its like are no
+# names
+is_user_name() {
+    case $1 in
+    '' | root | *[!A-Za-z0-9._-]* | [!A-Za-z_]*) return 1 ;;
+    *[a-z]*) [ "${#1}" -le 32 ] ;;
+    *) return 1 ;;
+    esac
+}
+
+# request_keys: sets $keys to the user's valid SSH keys, a line each. Fails if there is neither a
+# key nor a password.
+request_keys() {
+    local names name number=0 IFS=' '
+    keys=''
+    retry user "$ATTEMPTS" optional request_leaf publicKeys || return
+    squeeze "$value"
+    names=$value
+    for name in $names; do # 0/ 1/ 2/ and so on
+        if [ "${name%/}" != $number ] || [ $number -gt 99 ]; then
+            fail 'publicKeys: no valid list' || return
+        fi
+        retry user "$ATTEMPTS" optional request_leaf publicKeys/$number/keyData || return
+        remove_characters "$CARRIAGE_RETURN$NEWLINE" "$value" # Azure may break a key into lines
+        squeeze "$value"
+        if is_ssh_key "$value"; then
+            say "SSH key: ${value%% *}"
+            keys=$keys$value$NEWLINE
+        else
+            complain "user: publicKeys/$number: no OpenSSH public key"
+        fi
+        number=$((number + 1))
+    done
+    if [ -z "$keys" ]; then
+        retry user "$ATTEMPTS" optional \
+            request_leaf osProfile/disablePasswordAuthentication || return
+        squeeze "$value"
+        [ "$value" = false ] || fail 'no valid SSH key, and no password'
+    fi
+}
+
+# remove_characters CHARACTERS TEXT: sets $value to the text without these characters
+remove_characters() {
+    local IFS="$1"
+    # shellcheck disable=SC2086 # split at each of the characters
+    set -- $2
+    IFS='' # stands between the parts when they are put together again
+    value="$*"
+}
+
+CONTROL_CHARACTERS=$(printf '\001-\037\177') # for [ ], which reads the '-' as a range
+
+# is_ssh_key TEXT: whether it is an OpenSSH public key: TYPE BASE64 [COMMENT]
+is_ssh_key() {
+    local blob="${1#* }"
+    blob=${blob%% *}
+    case $1 in # the type of key, and how that type is written in base64
+    'ssh-rsa AAAAB3Nz'*) ;;
+    'ssh-ed25519 AAAAC3Nz'*) ;;
+    'ecdsa-sha2-nistp256 AAAAE2Vj'*) ;;
+    'ecdsa-sha2-nistp384 AAAAE2Vj'*) ;;
+    'ecdsa-sha2-nistp521 AAAAE2Vj'*) ;;
+    'sk-ssh-ed25519@openssh.com AAAAGnNr'*) ;;
+    'sk-ecdsa-sha2-nistp256@openssh.com AAAAInNr'*) ;;
+    *) return 1 ;;
+    esac
+    case $blob in
+    *[!A-Za-z0-9+/=]*) return 1 ;;
+    esac
+    ! has_control_character "$1"
+}
+
+# has_control_character TEXT: whether it has a control character in it
+has_control_character() {
+    case $1 in
+    *[$CONTROL_CHARACTERS]*) ;;
+    *) return 1 ;;
+    esac
+}
+# find_account NAME: sets $account to the user's name, or to '' if there is no such account; or
+# fails. Also sets $password_field, that in /etc/shadow, or in /etc/passwd if the user has no line
+# there; $owner, the numbers of the user and of its group; and $home, the path of its home.
+find_account() {
+    local name="$1" IFS=':'
+    account=''
+    find_line /etc/passwd "$name" || return
+    if [ -z "$line" ]; then
+        return
+    fi
+    # shellcheck disable=SC2086 # split into fields
+    set -- $line
+    password_field=${2-}
+    owner=${3-}:${4-}
+    home=${6-}
+    is_number "${3-}" || fail "/etc/passwd: no valid line for $name" || return
+    is_number "${4-}" || fail "/etc/passwd: no valid line for $name" || return
+    find_line /etc/shadow "$name" || return
+    if [ -n "$line" ]; then
+        # shellcheck disable=SC2086 # split into fields
+        set -- $line
+        password_field=${2-}
+    fi
+    account=$name
+}
+
+# find_line FILE NAME: sets $line to the first line of /etc/passwd or /etc/shadow for a user, '' if
+# there is none; can fail
+find_line() {
+    local each IFS="$NEWLINE"
+    line=''
+    read_file "$1" || return
+    for each in $text; do
+        case $each in
+        "$2:"*)
+            line=$each
+            return
+            ;;
+        esac
+    done
+}
+
+# unlock_account: have sshd accept keys for the $account if it is locked: without PAM, it refuses
+# them. Can fail.
+#
+# An account is locked by a '!' at the beginning of its $password_field. With '*' as the whole
+# field, the account is not locked, and no password fits.
+unlock_account() {
+    case $password_field in
+    '!'*)
+        say "$account:*" | run chpasswd -e ||
+            run usermod -p '*' "$account" ||
+            fail 'chpasswd failed'
+        ;;
+    esac
+}
+
+# authorize_keys: add the $keys to the authorized_keys of the $account, unless they are there; can
+# fail
+authorize_keys() {
+    local folder="$home/.ssh" path="$home/.ssh/authorized_keys" lines key blob IFS="$NEWLINE"
+    if [ -L "$folder" ] || [ -L "$path" ]; then # the user could have made it; this is root
+        fail "$folder: a symlink is in the way" || return
+    fi
+    make_ssh_folder || fail "cannot make $folder" || return
+    read_file "$path" || return
+    lines=$text${text:+$NEWLINE}
+    for key in $keys; do
+        blob=${key#* }
+        blob=${blob%% *} # without the comment
+        case $NEWLINE$lines in
+        *"$NEWLINE${key%% *} $blob "*) ;;
+        *"$NEWLINE${key%% *} $blob$NEWLINE"*) ;;
+        *) lines=$lines$key$NEWLINE ;;
+        esac
+    done
+    write_file "$path" 600 "$owner" printf %s "$lines"
+}
+
+# make_ssh_folder: make its $folder, and the $home if it is missing, with modes that sshd accepts;
+# returns 1 if that is not possible
+make_ssh_folder() {
+    if [ ! -d "$home" ]; then # useradd was interrupted, or did not make it
+        run mkdir -p "$home" || return
+        run chown "$owner" "$home" || return
+    fi
+    run mkdir -p "$folder" || return
+    run chown -h "$owner" "$folder" || return
+    run chmod 700 "$folder" || return
+    run chmod go-w "$home"
+}
+
+# grant_root NAME: let the user become root without a password, with sudo or doas, if one accepts
+# the rule; can fail
+grant_root() {
+    local rule="$1 ALL=(ALL:ALL) NOPASSWD:ALL" path=/etc/doas.conf rules
+    if say "$rule" | run visudo -q -c -f -; then
+        write_file /etc/sudoers.d/azure-provisioning 440 '' printf '%s\n' "$rule"
+        return
+    fi
+    if [ -d /etc/doas.d ]; then
+        path=/etc/doas.d/azure-provisioning.conf
+    fi
+    read_file "$path" || return
+    add_last_line "$text" "permit nopass $1"
+    rules=$value
+    if say "$rules" | run doas -C /dev/stdin; then
+        write_file "$path" 440 '' printf '%s\n' "$rules"
+        return
+    fi
+    complain "user: neither sudo nor doas takes a rule for $1" # it can log in all the same
+}
+
+# add_last_line TEXT LINE: sets $value to the text with the line as its last one, where doas looks
+# first
+add_last_line() {
+    case $1 in
+    '' | "$2") value=$2 ;;
+    *"$NEWLINE$2") value=$1 ;;
+    *) value=$1$NEWLINE$2 ;;
+    esac
+}
+
+# ---- The DVD: ovf-env.xml ----------------------------------------------------------------------
+
+DVD_FOLDER=/run/azure-provisioning/dvd
+OVF_FILE=$DVD_FOLDER/ovf-env.xml
+DVD_ATTEMPTS=5
+DATA_LIMIT=122880 # bytes, of ovf-env.xml or user data: room for 64 KiB in base64
+
+# request_dvd: read ovf-env.xml, which is on a DVD at the first boot; sets $user_name,
+# $user_password, $disable_passwords and $custom_data to the texts in it, or to ''. Can fail.
+request_dvd() {
+    mount_dvd || return
+    # The shell would drop a NUL byte: tr makes it INVALID.
+    { body=$(tr '\000' "$INVALID" <"$OVF_FILE") || body=''; } 2>/dev/null
+    umount "$DVD_FOLDER" # if it fails, the next mount_dvd finds the DVD mounted
+    [ -n "$body" ] || fail 'ovf-env.xml: cannot be read' || return
+    [ "${#body}" -le "$DATA_LIMIT" ] || fail 'ovf-env.xml: not an OVF environment' || return
+    unset user_name user_password disable_passwords custom_data
+    read_xml Environment take_ovf || fail 'ovf-env.xml: not an OVF environment' || return
+    user_name=${user_name-}
+    user_password=${user_password-}
+    disable_passwords=${disable_passwords-}
+    custom_data=${custom_data-}
+}
+
+# take_ovf PATH TEXT: keep the text of the first element at each of these paths. read_xml calls it.
+take_ovf() {
+    case ${1#Environment/ProvisioningSection/LinuxProvisioningConfigurationSet/} in
+    UserName) user_name=${user_name-$2} ;;
+    UserPassword) user_password=${user_password-$2} ;;
+    DisableSshPasswordAuthentication) disable_passwords=${disable_passwords-$2} ;;
+    CustomData) custom_data=${custom_data-$2} ;;
+    esac
+}
+
+# mount_dvd: mount the DVD where only root can see it, unless it is mounted: an umount may have
+# failed. Can fail.
+mount_dvd() {
+    mkdir -p "$DVD_FOLDER"
+    if [ -e "$OVF_FILE" ]; then
+        return
+    fi
+    [ -e /dev/sr0 ] || fail 'ovf-env.xml: no DVD' || return
+    mount -t udf,iso9660 -o ro,nosuid,nodev,noexec /dev/sr0 "$DVD_FOLDER" ||
+        fail 'ovf-env.xml: no DVD'
+}
+
+# ---- Step password -----------------------------------------------------------------------------
+
+SSHD_CONFIG=/etc/ssh/sshd_config
+
+# set_password: set the password of the admin user, and have sshd take passwords or not; can fail
+set_password() {
+    local name
+    say 'Retrieving password from the DVD'
+    retry password "$DVD_ATTEMPTS" required request_dvd || return
+    squeeze "$user_name"
+    name=$value
+    is_user_name "$name" || fail 'no valid user name' || return
+    decode_entities "$user_password" || fail 'no valid password' || return
+    if has_control_character "$value" || [ "${#value}" -gt 72 ]; then # as long as Azure allows
+        fail 'no valid password' || return
+    fi
+    if [ -n "$value" ]; then
+        print_line "$name:$value" | run chpasswd || fail 'chpasswd failed' || return
+        say_done 'Password set'
+    fi
+    if [ ! -f "$SSHD_CONFIG" ]; then
+        return
+    fi
+    squeeze "$disable_passwords"
+    case $value in
+    [Tt][Rr][Uu][Ee]) configure_sshd no ;;
+    [Ff][Aa][Ll][Ss][Ee]) configure_sshd yes ;;
+    esac
+}
+
+# decode_entities TEXT: sets $value to the text with the five entities of XML decoded. Returns 1 if
+# there is an '&' of anything else.
+decode_entities() {
+    local rest="$1"
+    value=''
+    while [ "${rest%%'&'*}" != "$rest" ]; do # there is an '&' in it
+        value=$value${rest%%'&'*}
+        rest=${rest#*'&'}
+        case $rest in
+        'amp;'*) value="$value&" ;;
+        'lt;'*) value="$value<" ;;
+        'gt;'*) value="$value>" ;;
+        'quot;'*) value="$value\"" ;;
+        'apos;'*) value="$value'" ;;
+        *) return 1 ;;
+        esac
+        rest=${rest#*;}
+    done
+    value=$value$rest
+}
+
+# print_line LINE: print a line that may be secret, by a command of the shell itself: the arguments
+# of a program can be seen by all. That is printf, or print in mksh, which has no printf.
+print_line() {
+    if [ "$(command -v printf)" = printf ]; then
+        printf '%s\n' "$1"
+    else
+        # shellcheck disable=SC2039,SC3045 # only mksh comes here
+        print -r -- "$1"
+    fi 2>/dev/null # the reader may be gone
+}
+
+# configure_sshd yes|no: have sshd ask for passwords, or not, in both of the ways that it has; can
+# fail.
+#
+# Of several lines for one setting, sshd takes the first: the two lines are put at the top.
+configure_sshd() {
+    local ours="PasswordAuthentication $1${NEWLINE}KbdInteractiveAuthentication $1$NEWLINE" others
+    read_file "$SSHD_CONFIG" || return
+    others=$text${text:+$NEWLINE}
+    while :; do
+        case $others in # those of an earlier run go
+        'PasswordAuthentication '*) others=${others#*"$NEWLINE"} ;;
+        'KbdInteractiveAuthentication '*) others=${others#*"$NEWLINE"} ;;
+        *) break ;;
+        esac
+    done
+    write_file "$SSHD_CONFIG" 644 '' printf %s "$ours$others" || return
+    say_done "PasswordAuthentication: $1"
+    reload_sshd
+}
+
+# reload_sshd: have sshd read its configuration again, if it is running. If not, it will at its
+# start.
+reload_sshd() {
+    run systemctl try-reload-or-restart sshd.service ||
+        run systemctl try-reload-or-restart ssh.service ||
+        run rc-service --ifstarted sshd reload ||
+        return 0
+}
+
+# ---- Step data ---------------------------------------------------------------------------------
+
+STATE_FOLDER=/var/lib/azure-provisioning
+
+# save_data: save the user data, from IMDS, and the custom data, from the DVD if that can be read;
+# can fail
+save_data() {
+    say 'Retrieving user data from IMDS'
+    retry data "$ATTEMPTS" optional request_leaf userData "$DATA_LIMIT" || return
+    save_decoded userData "$STATE_FOLDER/user-data" "$value" || return
+    say 'Retrieving custom data from the DVD'
+    if retry data "$DVD_ATTEMPTS" required request_dvd; then
+        save_decoded customData "$STATE_FOLDER/custom-data" "$custom_data"
+    fi
+}
+
+# save_decoded LABEL FILE TEXT: decode a text from base64 into a file. If it is empty, remove the
+# file: an earlier VM's. Can fail.
+save_decoded() {
+    remove_characters "$SPACE" "$3"
+    is_base64 "$value" || fail "$1: no base64" || return
+    if [ -n "$value" ]; then
+        write_file "$2" 600 '' decode_base64 "$value" || return
+        say_done "$1: $2"
+    else
+        run rm -f "$2" || fail "cannot remove $2" || return
+        say_done "$1: none"
+    fi
+}
+
+# is_base64 TEXT: whether it is base64 as an encoder writes it: padded, and no bits left over
+is_base64() {
+    case $1 in
+    *[!A-Za-z0-9+/=]* | *=[!=]* | *===*) return 1 ;;
+    *[!AQgw]== | *[!AEIMQUYcgkosw048=]=) return 1 ;; # bits are left over
+    esac
+    [ $((${#1} % 4)) -eq 0 ]
+}
+
+# decode_base64 TEXT: print what it encodes
+decode_base64() {
+    print_line "$1" | base64 -d
+}
+
+# ---- Step publish ------------------------------------------------------------------------------
+
+# publish_hostname: have the DHCP client renew the lease of the default route's interface, with the
+# hostname; can fail
+publish_hostname() {
+    find_interface
+    [ -n "$interface" ] || fail 'no default route' || return
+    renew_lease || fail "no DHCP client renewed the lease of $interface" || return
+    say_done "Renewed the DHCP lease of $interface"
+}
+
+# find_interface: sets $interface to that of the first default route, '' if there is none
+find_interface() {
+    local name destination mask _
+    interface=''
+    while read -r name destination _ _ _ _ _ mask _; do
+        if [ "$destination" = 00000000 ] && [ "$mask" = 00000000 ]; then
+            interface=$name
+            return
+        fi
+    done 2>/dev/null </proc/self/net/route
+}
+
+# renew_lease: ask the DHCP clients one by one to renew the lease of $interface; returns 1 if none
+# does
+renew_lease() {
+    run networkctl reconfigure "$interface" ||
+        run nmcli device reapply "$interface" ||
+        run dhcpcd -n "$interface" ||
+        renew_with_dhclient ||
+        run killall -USR1 udhcpc
+}
+
+# renew_with_dhclient: ask with a second dhclient: the first one cannot be told to renew. Then end
+# the second one. Returns 1 if that does not work. /bin/true, which does nothing, is its script, so
+# that it leaves the interface as it is.
+renew_with_dhclient() {
+    run dhclient -1 -q -sf /bin/true "$interface" &&
+        run dhclient -x -q "$interface"
+}
+
+# ---- Step remember -----------------------------------------------------------------------------
+
+VM_ID_FILE=$STATE_FOLDER/vm-id
+
+# remember_vm: save the id of this VM, by which later runs know that it is provisioned; can fail
+remember_vm() {
+    read_vm_id
+    [ -n "$vm_id" ] || fail 'cannot read /sys/class/dmi/id/product_uuid' || return
+    write_file "$VM_ID_FILE" 600 '' printf '%s\n' "$vm_id" || return
+    say_done "Remembered: $vm_id"
+}
+
+# is_remembered: whether an earlier run on this VM has done the step remember; says so
+is_remembered() {
+    local remembered
+    read_file "$VM_ID_FILE" || return 1
+    remembered=$text
+    read_vm_id
+    if [ -z "$remembered" ] || [ "$remembered" != "$vm_id" ]; then
+        return 1
+    fi
+    say "Already provisioned: $vm_id"
 }
 
 main "$@"

@@ -154,19 +154,15 @@ class Machine:
         self.write('etc/machine-id', '')
         self.write('etc/hostname', 'image\n')
         self.write('etc/systemd/journald.conf.d/tests.conf', '[Journal]\nStorage=volatile\n')
-        subprocess.run(
-            [
-                'make',
-                '-s',
-                'install',
-                'IMPL=' + program,
-                'STEPS=' + steps,
-                'DESTDIR=%s' % self.upper,
-            ],
-            check=True,
-            stdout=subprocess.DEVNULL,
+        arguments = ['IMPL=' + program, 'STEPS=' + steps, 'DESTDIR=%s' % self.upper]
+        installed = subprocess.run(
+            ['make', '-s', 'install', *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            universal_newlines=True,
             cwd=str(PROJECT),
         )
+        assert installed.returncode == 0, installed.stdout
         shutil.copytree(str(HERE / 'image'), str(self.upper / 'azure-provisioning-tests'))
         for unit in self.upper.glob('azure-provisioning-tests/*.service'):
             unit.rename(self.units / unit.name)

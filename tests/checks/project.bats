@@ -106,41 +106,196 @@ setup() {
     [ "$status" -ne 0 ]
 }
 
+@test "make alone and make help list the targets, a line each" {
+    run make
+    [ "$status" -eq 0 ]
+    [ "$output" = "$(make help)" ]
+    sed -n 's/^\.PHONY: //p' Makefile | tr ' ' '\n' | grep -vx check-install >"$folder/targets"
+    diff <(sed -nE 's/^make ([a-z-]+) +[^ ].*/\1/p' <<<"$output" | sort) <(sort "$folder/targets")
+    [ "$(wc -l <<<"$output")" -eq "$(wc -l <"$folder/targets")" ]
+}
+
+@test "the Makefile's example installs without a warning" {
+    # shellcheck disable=SC2016 # of the example's shell
+    sed -n 's/^#     \(make install .*\)/\1 DESTDIR="$1"/p' Makefile >"$folder/example"
+    run --separate-stderr sh -eu "$folder/example" "$folder/tree"
+    [ "$status" -eq 0 ]
+    [ -z "$stderr" ]
+    [ -f "$folder/tree/etc/systemd/system/azure-provisioning.service.d/steps.conf" ]
+}
+
 @test "make install puts either script and the unit in place, make uninstall takes both away" {
+    tree="$folder/an image"
     for implementation in py sh; do
-        make install DESTDIR="$folder/tree" IMPL="$implementation"
-        cmp "azure-provisioning.$implementation" "$folder/tree/usr/local/sbin/azure-provisioning"
-        cmp azure-provisioning.service "$folder/tree/etc/systemd/system/azure-provisioning.service"
-        "$folder/tree/usr/local/sbin/azure-provisioning" --version
-        make uninstall DESTDIR="$folder/tree"
-        [ -z "$(find "$folder/tree" -type f)" ]
+        make install DESTDIR="$tree" IMPL="$implementation"
+        cmp "azure-provisioning.$implementation" "$tree/usr/local/sbin/azure-provisioning"
+        cmp azure-provisioning.service "$tree/etc/systemd/system/azure-provisioning.service"
+        "$tree/usr/local/sbin/azure-provisioning" --version
+        make uninstall DESTDIR="$tree"
+        [ -z "$(find "$tree" -type f)" ]
+        [ "$(ls "$folder")" = 'an image' ] # nothing is written beside it
     done
 }
 
-@test "make install STEPS writes a drop-in for these steps, and one without STEPS takes it away" {
-    drop_in=$folder/tree/etc/systemd/system/azure-provisioning.service.d/steps.conf
-    make install DESTDIR="$folder/tree" IMPL=sh STEPS='user data hostname ready remember'
-    grep -qx 'ExecStart=/usr/local/sbin/azure-provisioning user data hostname ready remember' "$drop_in"
-    grep -qx 'Environment=AZURE_PROVISIONING_ATTEMPTS=900' "$drop_in"
-    grep -qx 'StateDirectory=azure-provisioning' "$drop_in"
-    make install DESTDIR="$folder/tree" IMPL=sh STEPS='ready publish'
-    [ "$(wc -l <"$drop_in")" -eq 4 ] # not what other steps need
-    make install DESTDIR="$folder/tree" IMPL=sh
-    [ ! -e "$drop_in" ]
-    run make install DESTDIR="$folder/other" IMPL=sh STEPS='user nonsense'
+@test "make install STEPS writes the steps and copies their drop-ins, and removes those of other steps" {
+    drop_ins="$folder/an image/etc/systemd/system/azure-provisioning.service.d"
+    make_install() { make install DESTDIR="$folder/an image" IMPL=sh STEPS="$1"; }
+    make_install 'user data hostname ready remember'
+    [ "$(cd "$drop_ins" && echo *)" = 'data.conf remember.conf steps.conf user.conf' ]
+    for step in data remember user; do cmp {azure-provisioning.service.d,"$drop_ins"}/$step.conf; done
+    diff "$drop_ins/steps.conf" - <<END
+[Service]
+ExecStart=
+ExecStart=/usr/local/sbin/azure-provisioning user data hostname ready remember
+Environment=AZURE_PROVISIONING_ATTEMPTS=900
+END
+    make_install ' ready  publish disable '
+    [ "$(cd "$drop_ins" && echo *)" = 'publish.conf steps.conf' ]
+    diff "$drop_ins/steps.conf" - <<END
+[Service]
+ExecStart=
+ExecStart=/usr/local/sbin/azure-provisioning ready publish disable
+END
+    make_install ''
+    [ ! -e "$drop_ins" ]
+}
+
+@test "make install has no output of its own but the next command, which enables the unit" {
+    command -v systemctl || skip 'no systemctl'
+    for tree in "$folder/tree" "$folder/an \"image\" & more"; do
+        run --separate-stderr make -s install DESTDIR="$tree" IMPL=sh STEPS='user hostname ready disable'
+        [ "${lines[0]}" = 'Next, as root:' ]
+        [ "${#lines[@]}" -eq 2 ]
+        [ -z "$stderr" ]
+        sh -euc "${lines[1]}"
+        [ -L "$tree/etc/systemd/system/multi-user.target.wants/azure-provisioning.service" ]
+    done
+    [[ $(make -n install IMPL=sh) == *"'    systemctl enable azure-provisioning.service'" ]]
+}
+
+@test "make install warns of steps without ready, and without disable and remember" {
+    warnings() {
+        run --separate-stderr make -s install DESTDIR="$folder/tree" IMPL=sh STEPS="$1"
+        [ "$status" -eq 0 ]
+        grep -c '^make install: warning: ' <<<"$stderr" || :
+    }
+    for steps in '' 'user hostname ready disable' 'ready remember'; do
+        [ "$(warnings "$steps")" -eq 0 ]
+    done
+    [ "$(warnings 'hostname disable')" -eq 1 ]
+    grep -q 'no ready' <<<"$(make install DESTDIR="$folder/tree" IMPL=sh STEPS='hostname disable' 2>&1 >/dev/null)"
+    [ "$(warnings 'user hostname ready')" -eq 1 ]
+    [ "$(warnings 'user')" -eq 2 ]
+}
+
+@test "make install writes nothing if it cannot go on" {
+    mkdir -p "$folder/half/etc"
+    touch "$folder/file" "$folder/half/etc/systemd"
+    mkdir -p "$folder/folder/usr/local/sbin/azure-provisioning"
+    while read -r arguments; do
+        before=$(find "$folder" | sort)
+        run eval "make -s install $arguments"
+        echo "$arguments: $output"
+        [ "$status" -ne 0 ]
+        [ "$(find "$folder" | sort)" = "$before" ]
+    done <<'END'
+DESTDIR="$folder/tree"
+DESTDIR="$folder/tree" IMPL=both
+DESTDIR="$folder/tree" IMPL='py sh'
+DESTDIR="$folder/tree" IMPL=sh STEPS='user nonsense'
+DESTDIR="$folder/tree" IMPL=sh STEPS='user --dry-run ready'
+DESTDIR="$folder/tree" IMPL=sh STEPS='ready --version'
+DESTDIR="$folder/tree" IMPL=sh STEPS='ready; disable'
+DESTDIR="$folder/tree" IMPL=sh STEPS='*'
+DESTDIR="$folder/tree" IMPL=sh STEPS="'ready'"
+DESTDIR="$folder/an admin's tree" IMPL=sh
+DESTDIR="$folder/tree" IMPL=sh PREFIX=usr
+DESTDIR="$folder/tree" IMPL=sh PREFIX=/100%
+DESTDIR="$folder/tree" IMPL=sh UNITDIR=units
+DESTDIR="$folder/file" IMPL=sh
+DESTDIR="$folder/half" IMPL=sh
+DESTDIR="$folder/folder" IMPL=sh
+END
+}
+
+@test "make install writes nothing if one of the folders cannot be written" {
+    mkdir -p "$folder/tree/etc"
+    chmod 555 "$folder/tree/etc"
+    as=()
+    if [ "$(id -u)" -eq 0 ]; then # may write there all the same, but not to a file system that is read-only
+        unshare --mount true || skip 'no namespaces'
+        # shellcheck disable=SC2016 # of the inner shell
+        as=(unshare --mount sh -euc 'mount -t tmpfs -o ro none "$1" && shift && "$@"' sh "$folder/tree/etc")
+    fi
+    run "${as[@]}" make -s install DESTDIR="$folder/tree" IMPL=sh
     [ "$status" -ne 0 ]
-    [ ! -e "$folder/other" ]
+    [[ $output == *"cannot write to $folder/tree/etc"* ]]
+    [ ! -e "$folder/tree/usr" ]
+}
+
+@test "make uninstall takes away what install put there, whatever the steps were, and nothing else" {
+    drop_ins=$folder/tree/etc/systemd/system/azure-provisioning.service.d
+    mkdir -p "$drop_ins"
+    touch "$drop_ins/local.conf"
+    make install DESTDIR="$folder/tree" IMPL=sh STEPS='user password data hostname publish ready remember'
+    [ "$(find "$drop_ins" -type f | wc -l)" -eq 7 ]
+    make uninstall DESTDIR="$folder/tree"
+    [ "$(find "$folder/tree" -type f)" = "$drop_ins/local.conf" ]
+    make uninstall DESTDIR="$folder/tree" # what is gone is no error
+    rm "$drop_ins/local.conf"
+    make install DESTDIR="$folder/tree" IMPL=sh STEPS='user ready disable'
+    make uninstall DESTDIR="$folder/tree"
+    [ ! -e "$drop_ins" ]
+}
+
+@test "make install replaces a unit that is masked" {
+    mkdir -p "$folder/tree/etc/systemd/system"
+    ln -s /dev/null "$folder/tree/etc/systemd/system/azure-provisioning.service"
+    make install DESTDIR="$folder/tree" IMPL=sh
+    cmp azure-provisioning.service "$folder/tree/etc/systemd/system/azure-provisioning.service"
+}
+
+@test "each drop-in is named after a step, and says why it has its directives" {
+    for drop_in in azure-provisioning.service azure-provisioning.service.d/*; do
+        step=$(basename "$drop_in" .conf)
+        [ "$step" = azure-provisioning.service ] || ./azure-provisioning.sh "$step" --version
+        # neither directives without a comment above them, nor comments that are directives
+        run awk '/^$/ || /^\[/ { told = /^\[(Unit|Install)\]$/ } /^#/ { told = 1 } /^[A-Z]/ && !told { print; bad = 1 }
+            /^#(.*:)? *[A-Z][A-Za-z]*=/ { print; bad = 1 } END { exit bad }' "$drop_in"
+        echo "$drop_in: $output"
+        [ "$status" -eq 0 ]
+    done
+}
+
+security() { # STEPS [OPTION]...: what systemd-analyze security says of the unit with the drop-ins for them
+    make -s install DESTDIR="$folder/tree" IMPL=sh STEPS="$1" >/dev/null 2>&1
+    systemd-analyze security --no-pager --offline=true --root="$folder/tree" "${@:2}" azure-provisioning.service
+}
+
+scores() { # skip where systemd-analyze is missing, or too old
+    command -v systemd-analyze || skip 'no systemd-analyze'
+    systemd-analyze security --help | grep -q -e --threshold || skip 'systemd-analyze cannot score a file'
 }
 
 @test "the score of the README's steps is the one that it tells" {
-    command -v systemd-analyze || skip 'no systemd-analyze'
-    systemd-analyze security --help | grep -q -e --threshold || skip 'systemd-analyze cannot score a file'
+    scores
     read -r score steps < <(
         sed -n 's/^.systemd-analyze security. scores .\(.*\). \([0-9]\)\.\([0-9]\), of 10.*/\2\3 \1/p' README.md
     )
-    make install DESTDIR="$folder/tree" IMPL=sh STEPS="$steps"
-    systemd-analyze security --no-pager --offline=true --root="$folder/tree" --threshold="$score" \
-        azure-provisioning.service
+    security "$steps" --threshold="$score"
+    run security "$steps" --threshold="$((score - 1))"
+    [ "$status" -ne 0 ]
+}
+
+@test "the drop-ins of several steps add up, and open nothing else" {
+    scores
+    opened() { # STEPS: what is open then
+        security "$1" | sed -n 's/^✗ \([^ ]*\) .*/\1/p'
+    }
+    for step in user password data publish remember; do opened "$step"; done | sort -u >"$folder/each"
+    opened 'user password data publish remember' | sort >"$folder/all"
+    [ "$(wc -l <"$folder/all")" -gt 10 ]
+    diff "$folder/each" "$folder/all"
 }
 
 @test "make install follows PREFIX and UNITDIR" {
@@ -148,36 +303,53 @@ setup() {
     grep -q '^ExecStart=/opt/azure/sbin/azure-provisioning$' \
         "$folder/tree/usr/lib/systemd/system/azure-provisioning.service"
     [ -x "$folder/tree/opt/azure/sbin/azure-provisioning" ]
+    make install DESTDIR="$folder/tree" PREFIX='/opt/my tools' IMPL=sh STEPS='ready disable'
+    [ -x "$folder/tree/opt/my tools/sbin/azure-provisioning" ]
+    cd "$folder/tree/etc/systemd/system"
+    grep -qx 'ExecStart="/opt/my tools/sbin/azure-provisioning"' azure-provisioning.service
+    grep -qx 'ExecStart="/opt/my tools/sbin/azure-provisioning" ready disable' azure-provisioning.service.d/steps.conf
 }
 
-@test "make install without IMPL installs nothing" {
-    run make install DESTDIR="$folder/tree"
-    [ "$status" -ne 0 ]
-    [ ! -e "$folder/tree" ]
-}
-
-@test "the unit passes systemd-analyze verify without a word" {
-    command -v systemd-analyze || skip 'no systemd-analyze'
-    make install DESTDIR="$folder/tree" IMPL=sh
-    mkdir -p "$folder/tree/usr/lib/systemd"
-    cp -r /lib/systemd/system "$folder/tree/usr/lib/systemd/" # the targets it names
+verify() { # [ARGUMENT]...: install with these arguments of make, and verify the unit
+    [ -d "$folder/tree/usr/lib/systemd/system" ] || {
+        mkdir -p "$folder/tree/usr/lib/systemd"
+        cp -r /lib/systemd/system "$folder/tree/usr/lib/systemd/" # the targets it names
+    }
+    make -s install DESTDIR="$folder/tree" IMPL=sh "$@" >/dev/null 2>&1
     run --separate-stderr systemd-analyze verify --man=no --root="$folder/tree" azure-provisioning.service
+}
+
+@test "the unit and each drop-in pass systemd-analyze verify without a word" {
+    command -v systemd-analyze || skip 'no systemd-analyze'
+    for steps in '' user password data publish remember 'user password data publish remember'; do
+        verify STEPS="$steps"
+        echo "$steps: $output$stderr"
+        [ "$status" -eq 0 ]
+        [ -z "$output$stderr" ]
+    done
+    verify STEPS=user PREFIX='/opt/my tools'
     [ "$status" -eq 0 ]
     [ -z "$output$stderr" ]
-    # and verify would have said something
-    echo Nonsense=1 >>"$folder/tree/etc/systemd/system/azure-provisioning.service"
-    run --separate-stderr systemd-analyze verify --man=no --root="$folder/tree" azure-provisioning.service
-    [ -n "$stderr" ]
+}
+
+@test "systemd-analyze verify finds what is wrong in the unit or a drop-in" {
+    command -v systemd-analyze || skip 'no systemd-analyze'
+    for name in azure-provisioning.service azure-provisioning.service.d/user.conf; do
+        verify STEPS=user
+        echo Nonsense=1 >>"$folder/tree/etc/systemd/system/$name"
+        run --separate-stderr systemd-analyze verify --man=no --root="$folder/tree" azure-provisioning.service
+        [ -n "$stderr" ]
+    done
 }
 
 @test "the unit's sandbox scores 1.5 or better" {
-    command -v systemd-analyze || skip 'no systemd-analyze'
-    systemd-analyze security --help | grep -q -e --threshold || skip 'systemd-analyze cannot score a file'
-    score() { systemd-analyze security --no-pager --offline=true --threshold=15 "$1"; }
-    score ./azure-provisioning.service
+    scores
+    score() { systemd-analyze security --no-pager --offline=true --threshold=15 "$folder/azure-provisioning.service"; }
+    cp azure-provisioning.service "$folder/" # beside the drop-ins, all of them would count
+    score
     # and it would have failed
     grep -v '^CapabilityBoundingSet=' azure-provisioning.service >"$folder/azure-provisioning.service"
-    run score "$folder/azure-provisioning.service"
+    run score
     [ "$status" -ne 0 ]
 }
 

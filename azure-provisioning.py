@@ -3,7 +3,7 @@
 # azure-provisioning.sh is the same program in shell, with the same sections and functions.
 #
 # Arguments, settings and exit statuses: see USAGE. Errors: a step that fails says so on stderr.
-# Needs Python 3.6 and its standard library. With -IS, Python imports no modules but these.
+# Needs Python 3.6 and its standard library. With -IS, Python imports modules from nowhere else.
 # Sources: https://learn.microsoft.com/azure/virtual-machines/linux/no-agent for the WireServer,
 # .../linux/provisioning for the DVD, .../instance-metadata-service for IMDS.
 """Provision a Linux VM on Azure, once, on its first boot."""
@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ import time
 import types
 from xml.etree import ElementTree
 
-# Here an import of ssl fails. http.client can do without it, and ssl takes a quarter of all memory.
+# This keeps http.client from importing ssl, which is not used and takes a quarter of all memory.
 sys.modules['ssl'] = None
 import http.client  # noqa: E402 - has to stand below that line
 
@@ -32,8 +33,8 @@ usage: azure-provisioning [-n | --dry-run] [STEP]...
        azure-provisioning -h | --help | --version
 
 Provision this Linux VM on Azure. The steps run in the order given; the default
-is: ready hostname disable. The first step that fails ends the run. If the step
-ready would still have followed, Azure is told NotReady, with the reason.
+is: ready hostname disable. The first step that fails ends the run. If "ready"
+comes after it, and not before, Azure is told NotReady, with the reason.
 
 steps:
   ready     report to Azure that this VM is Ready
@@ -43,7 +44,7 @@ steps:
   password  set the password of that user, and have sshd take passwords or not
   data      save user data and custom data in /var/lib/azure-provisioning
   publish   renew the DHCP lease, so that the DNS of Azure learns the hostname
-  remember  save the id of this VM; with this step, a later run does nothing
+  remember  save the id of this VM; later runs that name this step do nothing
 
 options:
   -n, --dry-run  print what would be changed, and change nothing
@@ -58,7 +59,8 @@ settings, from the environment:
   AZURE_PROVISIONING_ATTEMPTS    attempts at each request (default: 240)
   AZURE_PROVISIONING_INTERVAL    longest wait between two attempts, in seconds
                                  (default: 5)
-  AZURE_PROVISIONING_TIMEOUT     time limit of a request, in seconds (default: 30)
+  AZURE_PROVISIONING_TIMEOUT     time limit of a request, in seconds
+                                 (default: 30)
 
 Progress goes to stdout, failures go to stderr.
 exit status: 0 all steps are done, 1 a step failed, 2 wrong usage"""
@@ -73,7 +75,7 @@ settings = types.SimpleNamespace(
 )
 
 BODY_LIMIT = 65536  # bytes of a reply's body
-ENOUGH_ABSENCES = 5  # so many times IMDS has to say that it has no such value
+ENOUGH_ABSENCES = 5  # IMDS has to say so often that it has no such value
 SPACE = ' \t\n\r'  # the characters that are white space in XML
 
 # Texts from files and servers have one character for each byte, as in the shell: Latin-1 does that.
@@ -266,27 +268,52 @@ def say_done(line):
 
 
 def write_file(path, mode, content, owner=None):
-    """Replace a file, or make a new one. Nobody who reads it meanwhile finds half of it.
+    """Replace a file, or make a new one. Even after a power cut it is the old one or the new one.
 
-    owner: the numbers of a user and a group; None is root. Raise Failed if it cannot be written.
+    mode: None keeps mode and owner of the file that is there. owner: the numbers of a user and a
+    group, or None: the new file is root's. Raise Failed if the file cannot be written.
     """
     if settings.dry_run:
         say(f'Would write {path}')
         return
+    for wait in (1, 1, 0):
+        with contextlib.suppress(OSError):
+            replace_file(path, mode, content, owner)
+            return
+        time.sleep(wait)  # another copy of this program may be writing the same file
+    raise Failed(f'cannot write {path}')
+
+
+def replace_file(path, mode, content, owner):
+    """Do the work of write_file. Raise OSError if that is not possible."""
     new = f'{path}.new'
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    remove_file(new)
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        remove_file(new)
         with open(new, 'xb') as file:
             file.write(content)
-        os.chmod(new, mode)
-        if owner:
-            os.chown(new, *owner, follow_symlinks=False)
+            if mode is None:
+                former = os.stat(path)
+                mode = stat.S_IMODE(former.st_mode)
+                owner = (former.st_uid, former.st_gid)
+            if owner:
+                os.fchown(file.fileno(), *owner)
+            os.fchmod(file.fileno(), mode)
+        sync(new)  # before the rename, or a power cut could leave an empty file
         os.replace(new, path)
+        sync(os.path.dirname(path))
     except OSError:
-        with contextlib.suppress(OSError):
-            remove_file(new)
-        raise Failed(f'cannot write {path}') from None
+        remove_file(new)
+        raise
+
+
+def sync(path):
+    """Have the disk store a file, or the names of the files in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove_file(path):
@@ -304,17 +331,17 @@ def exchange(label, url, headers, data=None, limit=BODY_LIMIT):
     Good is status 200, and for a POST any 2xx. The limit is that of the body, in bytes.
     Raise Failed, with the label and the reason, also if it takes longer than settings.timeout.
     """
-    # 'timed out' is what remains if the thread does not come to its end in time.
+    # The thread sets these. If it is not done in time, the problem remains 'timed out'.
     reply = types.SimpleNamespace(status=0, body=b'', problem='timed out', socket=None)
-    # Only a thread can be left after a fixed time. A socket's timeout starts again with each byte,
-    # and the lookup of a host name has none.
+    # A time limit for all of it: a socket's own starts again with each byte, and the lookup of a
+    # host name has none.
     thread = threading.Thread(target=transfer, args=(url, headers, data, limit, reply), daemon=True)
     thread.start()
     thread.join(settings.timeout)
-    status, problem, body = reply.status, reply.problem, reply.body  # the thread may still go on
+    problem, status, body = reply.problem, reply.status, reply.body  # the thread may still run
     hang_up(reply.socket)
     is_good = status == 200 or (data is not None and 200 <= status < 300)
-    if status != 0 and not is_good:  # a bad status says more than what went wrong behind it
+    if status != 0 and not is_good:  # a bad status says more than what went wrong after it
         raise Failed(f'{label}: HTTP {status}', status)
     if problem:
         raise Failed(f'{label}: {problem}')
@@ -322,7 +349,7 @@ def exchange(label, url, headers, data=None, limit=BODY_LIMIT):
 
 
 def hang_up(connected_socket):
-    """Close a connection, if there is one. A thread that still waits for the server then ends."""
+    """Shut a connection down, if there is one: a thread that waits for the server then ends."""
     if connected_socket:
         with contextlib.suppress(OSError):
             connected_socket.shutdown(socket.SHUT_RDWR)
@@ -341,13 +368,14 @@ def transfer(url, headers, data, limit, reply):
         'Accept-Encoding': 'identity',
         'Connection': 'close',
     }
+    method = 'GET' if data is None else 'POST'
     try:
         connection = http.client.HTTPConnection(host_and_port, timeout=settings.timeout)
         connection.response_class = StrictResponse
         with contextlib.closing(connection):
             connection.connect()
             reply.socket = connection.sock
-            connection.request('POST' if data else 'GET', f'/{path}', data, all_headers)
+            connection.request(method, f'/{path}', data, all_headers)
             response = connection.getresponse()
             reply.status = response.status
             reply.problem = read_body(response, limit, reply)
@@ -395,8 +423,9 @@ def retry(step, function, *arguments, optional=False, attempts=None):
     """Call the function until it does not raise Failed; return its result. Fail after all attempts.
 
     The wait after the first attempt is 1 second, then 2, 3 and so on, up to settings.interval.
-    optional: IMDS may say (404, 400) that it has no such value, but for a moment it says so of each
-    value. Believe it after ENOUGH_ABSENCES, or if all attempts end so, and return ''.
+    optional: IMDS may say (404, 400) that it has no such value. While it starts, it also says so of
+    values that it has. Believe it after ENOUGH_ABSENCES attempts that ended so, in a row or not, or
+    if all did, and return ''. An empty reply is no such answer.
     """
     attempts = attempts or settings.attempts
     absences = 0
@@ -408,7 +437,7 @@ def retry(step, function, *arguments, optional=False, attempts=None):
             reason = str(failure)
             if failure.absent:
                 absences += 1
-        if optional and absences in (ENOUGH_ABSENCES, attempts):
+        if optional and absences >= min(ENOUGH_ABSENCES, attempts):
             return ''
         if attempt < attempts:
             time.sleep(min(attempt, settings.interval))
@@ -525,7 +554,10 @@ def is_id(text):
 
 
 def set_hostname():
-    """Set the hostname that the user chose, or the resource name if IMDS says there is none."""
+    """Set the hostname that the user chose, or the resource name if IMDS says there is none.
+
+    An empty reply does not say so. It is a failed attempt, like any other reply that is no use.
+    """
     say('Retrieving hostname from IMDS')
     name = retry('hostname', request_text, 'osProfile/computerName', optional=True)
     if not name:
@@ -539,7 +571,7 @@ def set_hostname():
 
 
 def is_hostname(text):
-    """Whether a text is a hostname. Linux takes 64 characters, DNS 63 without a dot among them."""
+    """Whether a text is a hostname, of up to 64 characters, or 63 if there is no dot among them."""
     longest = 64 if '.' in text else 63
     return (
         re.fullmatch('[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?', text) is not None
@@ -569,8 +601,8 @@ def request_text(leaf):
 def request_leaf(leaf, limit=BODY_LIMIT):
     """Return a value from IMDS, which may be empty. A leaf is a value's path below "compute".
 
-    Raise Failed if it cannot be had; absent is true for status 404, and 400, of an IMDS that is
-    too old to know the value.
+    Raise Failed if it cannot be had. It is absent if the status is 404, or 400: an IMDS that is
+    too old to know a value says so.
     """
     version = '2019-06-01' if leaf == 'name' else '2021-02-01'  # an old IMDS has at least the name
     url = f'{settings.imds}/metadata/instance/compute/{leaf}?api-version={version}&format=text'
@@ -591,10 +623,17 @@ def label_of(leaf):
 
 def disable_unit():
     """Disable the service, of systemd or OpenRC, so that the next boot does not run it."""
+    sync_all()
     disabled = run('systemctl', 'disable', 'azure-provisioning.service')
     if not disabled and not run('rc-update', 'del', 'azure-provisioning'):
         raise Failed('neither systemctl nor rc-update disabled azure-provisioning')
     say_done('Disabled azure-provisioning.service')
+
+
+def sync_all():
+    """Have the disk store all changes: a power cut must not undo them after the run is over."""
+    if not settings.dry_run:
+        os.sync()
 
 
 # ================================================================================================
@@ -637,7 +676,7 @@ def read_vm_id():
 def read_file(path):
     """Return the text of a file without line feeds at its end, '' if there is no such file.
 
-    Raise Failed if it cannot be read, or is no text. A file that was not read must not be replaced.
+    Raise Failed if it cannot be read, or is no text.
     """
     if not os.path.lexists(path):
         return ''
@@ -683,6 +722,8 @@ def create_user():
     account = find_account(name)
     if not account:
         raise Failed('neither useradd nor adduser made the user')
+    if is_system_account(account):
+        raise Failed(f'{name} is a system account')
     unlock_account(account)
     if keys:
         authorize_keys(account, keys)
@@ -742,7 +783,7 @@ def has_control_character(text):
 def find_account(name):
     """Return a user's account, None if there is none.
 
-    password_field: that in /etc/shadow, or in /etc/passwd if the user has no line in the former.
+    password_field: that of /etc/shadow; if the user has no line there, that of /etc/passwd.
     owner: the numbers of the user and of its group. home: the path of its home.
     """
     fields = find_fields('/etc/passwd', name)
@@ -750,13 +791,18 @@ def find_account(name):
         return None
     if not is_number(fields[2]) or not is_number(fields[3]):
         raise Failed(f'/etc/passwd: no valid line for {name}')
+    password_field = fields[1]
+    shadow_fields = find_fields('/etc/shadow', name)
+    if shadow_fields:
+        password_field = shadow_fields[1]
+    elif os.path.exists('/etc/shadow'):
+        password_field = '!'  # useradd was interrupted: without a line there, nobody can log in
     return types.SimpleNamespace(
         name=name,
-        password_field=(find_fields('/etc/shadow', name) or fields)[1],
+        password_field=password_field,
         owner=(int(fields[2]), int(fields[3])),
-        home=os.fsdecode(
-            fields[5].encode(BYTE_ENCODING)
-        ),  # Python has an encoding of its own for paths
+        # Python has an encoding of its own for paths.
+        home=os.fsdecode(fields[5].encode(BYTE_ENCODING)),
     )
 
 
@@ -768,8 +814,18 @@ def find_fields(path, name):
     return None
 
 
+def is_system_account(account):
+    """Whether an account is not for people: its number is below UID_MIN of /etc/login.defs."""
+    least = 1000
+    for line in read_file('/etc/login.defs').split('\n'):
+        words = line.split()
+        if len(words) == 2 and words[0] == 'UID_MIN' and is_number(words[1]):
+            least = int(words[1])
+    return account.owner[0] < least
+
+
 def unlock_account(account):
-    """Have sshd accept keys for an account that is locked: without PAM, it refuses them.
+    """Unlock an account: without PAM, sshd refuses the keys of one that is locked.
 
     An account is locked by a '!' at the beginning of its password field. With '*' as the whole
     field, the account is not locked, and no password fits.
@@ -799,21 +855,43 @@ def authorize_keys(account, keys):
 
 
 def make_ssh_folder(account, folder):
-    """Make the folder of the keys, and the home if it is missing, with modes that sshd accepts."""
+    """Make the folder of the keys, with modes that sshd accepts."""
     uid, gid = account.owner
-    owner = f'{uid}:{gid}'
-    commands = []
-    if not os.path.isdir(account.home):  # useradd was interrupted, or did not make it
-        commands += [('mkdir', '-p', account.home), ('chown', owner, account.home)]
-    commands += [
-        ('mkdir', '-p', folder),
-        ('chown', '-h', owner, folder),
-        ('chmod', '700', folder),
-        ('chmod', 'go-w', account.home),
-    ]
-    for command in commands:
-        if not run(*command):
-            raise Failed(f'cannot make {folder}')
+    make_home(account)
+    must_run(folder, 'mkdir', '-p', folder)
+    must_run(folder, 'chown', '-h', f'{uid}:{gid}', folder)
+    must_run(folder, 'chmod', '700', folder)
+    must_run(folder, 'chmod', 'go-w', account.home)
+
+
+def make_home(account):
+    """Make the home if it is missing. If it is root's, finish it: useradd was interrupted.
+
+    Raise Failed if it is somebody else's: the keys in it are theirs, too.
+    """
+    home = account.home
+    uid, gid = account.owner
+    if os.path.isdir(home):
+        owner_of_home = os.stat(home).st_uid
+        if owner_of_home == uid:
+            return
+        if owner_of_home != 0:
+            raise Failed(f'{home}: belongs to another user')
+    else:
+        os.umask(0o022)  # everybody may pass through the folders above the home
+        made = run('mkdir', '-p', home)
+        os.umask(0o077)
+        if not made:
+            raise Failed(f'cannot make {home}')
+    if os.path.isdir('/etc/skel'):
+        must_run(home, 'cp', '-R', '-p', '/etc/skel/.', home)
+    must_run(home, 'chown', '-R', '-h', f'{uid}:{gid}', home)
+
+
+def must_run(path, *command):
+    """Run a command that makes a path. Raise Failed if it does not succeed."""
+    if not run(*command):
+        raise Failed(f'cannot make {path}')
 
 
 def grant_root(name):
@@ -827,13 +905,15 @@ def grant_root(name):
         path = '/etc/doas.d/azure-provisioning.conf'
     rules = add_last_line(read_file(path), f'permit nopass {name}')
     if run('doas', '-C', '/dev/stdin', input_line=rules):
-        write_file(path, 0o440, f'{rules}\n'.encode(BYTE_ENCODING))
+        path = os.path.realpath(path)
+        mode = None if os.path.exists(path) else 0o440
+        write_file(path, mode, f'{rules}\n'.encode(BYTE_ENCODING))
         return
     complain(f'user: neither sudo nor doas takes a rule for {name}')  # it can log in all the same
 
 
 def add_last_line(text, line):
-    """Return a text with the line as its last one, where doas looks first."""
+    """Return a text that ends with the line: doas goes by the last rule that fits."""
     if text == '' or text == line:
         return line
     if text.endswith(f'\n{line}'):
@@ -855,15 +935,26 @@ def request_dvd():
     """Return the root element of ovf-env.xml, which is on a DVD at the first boot."""
     mount_dvd()
     document = b''
-    with contextlib.suppress(OSError), open(OVF_FILE, 'rb') as file:
-        document = file.read(DATA_LIMIT + 1)
+    if os.path.isfile(OVF_FILE):
+        with contextlib.suppress(OSError), open(OVF_FILE, 'rb') as file:
+            document = file.read(DATA_LIMIT + 1)
     run_always('umount', DVD_FOLDER)  # if it fails, the next mount_dvd finds the DVD mounted
     if not document:
         raise Failed('ovf-env.xml: cannot be read')
-    root = read_xml('Environment', document)
-    if root is None or len(document) > DATA_LIMIT:
+    root = None
+    if len(document) <= DATA_LIMIT and is_utf_8(document):
+        root = read_xml('Environment', document)
+    if root is None:
         raise Failed('ovf-env.xml: not an OVF environment')
     return root
+
+
+def is_utf_8(document):
+    """Whether a document says that it is UTF-8. What is ASCII alone may say what it likes."""
+    declaration = document.partition(b'?>')[0]
+    encoding = re.search(b'encoding *= *["\']([^"\']*)', declaration)
+    is_ascii = re.search(b'[^\0-\177]', document) is None
+    return is_ascii or encoding is None or encoding.group(1).upper() in (b'UTF-8', b'US-ASCII')
 
 
 def mount_dvd():
@@ -893,7 +984,7 @@ def set_password():
     password = password.encode().decode(BYTE_ENCODING)  # one character for each byte of UTF-8
     if has_control_character(password) or len(password) > 72:  # as long as Azure allows
         raise Failed('no valid password')
-    if password:
+    if password not in ('', 'REDACTED'):  # the latter in a copy of the file that cloud-init makes
         if not run('chpasswd', input_line=f'{name}:{password}'):
             raise Failed('chpasswd failed')
         say_done('Password set')
@@ -909,11 +1000,11 @@ def configure_sshd(yes_or_no):
     """
     keywords = ('PasswordAuthentication ', 'KbdInteractiveAuthentication ')
     lines = read_file(SSHD_CONFIG).split('\n')
-    while lines and lines[0].startswith(keywords):  # those of an earlier run go
+    while lines and lines[0].startswith(keywords):  # such as those of an earlier run
         del lines[0]
     lines = [keyword + yes_or_no for keyword in keywords] + lines
     content = '\n'.join(lines).rstrip('\n') + '\n'
-    write_file(SSHD_CONFIG, 0o644, content.encode(BYTE_ENCODING))
+    write_file(os.path.realpath(SSHD_CONFIG), None, content.encode(BYTE_ENCODING))
     say_done(f'PasswordAuthentication: {yes_or_no}')
     reload_sshd()
 
@@ -946,7 +1037,7 @@ def save_data():
 
 
 def save_decoded(label, path, text):
-    """Decode a text from base64 into a file. If it is empty, remove the file: an earlier VM's."""
+    """Decode a text from base64 into a file. If it is empty, remove what the image has there."""
     text = remove_characters(SPACE, text)
     if not is_base64(text):
         raise Failed(f'{label}: no base64')
@@ -1004,9 +1095,9 @@ def renew_lease(interface):
 
 
 def renew_with_dhclient(interface):
-    """Ask with a second dhclient: the first one cannot be told to renew. Then end the second one.
+    """Start a dhclient of our own, as the one that runs cannot be told to renew, and end it.
 
-    /bin/true, which does nothing, is its script, so that it leaves the interface as it is.
+    Its script is /bin/true, so that it leaves the interface as it is.
     """
     renewed = run('dhclient', '-1', '-q', '-sf', '/bin/true', interface)
     return renewed and run('dhclient', '-x', '-q', interface)
@@ -1023,6 +1114,7 @@ def remember_vm():
     vm_id = read_vm_id()
     if not vm_id:
         raise Failed('cannot read /sys/class/dmi/id/product_uuid')
+    sync_all()
     write_file(VM_ID_FILE, 0o600, f'{vm_id}\n'.encode())
     say_done(f'Remembered: {vm_id}')
 

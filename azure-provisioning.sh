@@ -4,7 +4,7 @@
 #
 # Arguments, settings and exit statuses: see USAGE. Errors: a step that fails says so on stderr.
 # Needs sleep, and curl; or wget, with timeout, head and tr. If hostnamectl fails, it needs chmod,
-# hostname, mkdir, mv and rm. The steps beyond the default run also need base64, chown, date and tr.
+# hostname, mkdir, mv, rm and sync. The other steps also need base64, chown, cp, date, ls and tr.
 # Sources: https://learn.microsoft.com/azure/virtual-machines/linux/no-agent for the WireServer,
 # .../linux/provisioning for the DVD, .../instance-metadata-service for IMDS.
 #
@@ -27,8 +27,8 @@ USAGE='usage: azure-provisioning [-n | --dry-run] [STEP]...
        azure-provisioning -h | --help | --version
 
 Provision this Linux VM on Azure. The steps run in the order given; the default
-is: ready hostname disable. The first step that fails ends the run. If the step
-ready would still have followed, Azure is told NotReady, with the reason.
+is: ready hostname disable. The first step that fails ends the run. If "ready"
+comes after it, and not before, Azure is told NotReady, with the reason.
 
 steps:
   ready     report to Azure that this VM is Ready
@@ -38,7 +38,7 @@ steps:
   password  set the password of that user, and have sshd take passwords or not
   data      save user data and custom data in /var/lib/azure-provisioning
   publish   renew the DHCP lease, so that the DNS of Azure learns the hostname
-  remember  save the id of this VM; with this step, a later run does nothing
+  remember  save the id of this VM; later runs that name this step do nothing
 
 options:
   -n, --dry-run  print what would be changed, and change nothing
@@ -53,7 +53,8 @@ settings, from the environment:
   AZURE_PROVISIONING_ATTEMPTS    attempts at each request (default: 240)
   AZURE_PROVISIONING_INTERVAL    longest wait between two attempts, in seconds
                                  (default: 5)
-  AZURE_PROVISIONING_TIMEOUT     time limit of a request, in seconds (default: 30)
+  AZURE_PROVISIONING_TIMEOUT     time limit of a request, in seconds
+                                 (default: 30)
 
 Progress goes to stdout, failures go to stderr.
 exit status: 0 all steps are done, 1 a step failed, 2 wrong usage'
@@ -66,7 +67,7 @@ TIMEOUT=${AZURE_PROVISIONING_TIMEOUT-30}  # seconds
 DRY_RUN=
 
 BODY_LIMIT=65536  # bytes of a reply's body
-ENOUGH_ABSENCES=5 # so many times IMDS has to say that it has no such value
+ENOUGH_ABSENCES=5 # IMDS has to say so often that it has no such value
 NEWLINE='
 '
 CARRIAGE_RETURN=$(printf '\r')
@@ -255,23 +256,27 @@ say_done() {
 }
 
 # write_file FILE MODE OWNER COMMAND [ARGUMENT]...: replace a file, or make a new one, by what the
-# command prints. Nobody who reads it meanwhile finds half of it. OWNER is UID:GID; '' is root. Can
-# fail.
+# command prints. Even after a power cut it is the old one or the new one. MODE: '' keeps mode and
+# owner of the file that is there. OWNER: UID:GID, or '': the new file is root's. Can fail.
 write_file() {
-    local file="$1" mode="$2" owner="$3"
+    local file="$1" mode="$2" owner="$3" wait
     shift 3
     if [ -n "$DRY_RUN" ]; then
         say "Would write $file"
         return
     fi
-    if ! write_new_file "$@" 2>/dev/null; then
-        rm -f "$file.new"
-        fail "cannot write $file"
-    fi
+    for wait in 1 1 0; do
+        if replace_file "$@" 2>/dev/null; then
+            return
+        fi
+        rm -f "$file.new" 2>/dev/null
+        sleep $wait # another copy of this program may be writing the same file
+    done
+    fail "cannot write $file"
 }
 
-# write_new_file COMMAND [ARGUMENT]...: do the work of write_file, with its $file, $mode and $owner
-write_new_file() {
+# replace_file COMMAND [ARGUMENT]...: do the work of write_file, with its $file, $mode and $owner
+replace_file() {
     mkdir -p "${file%/*}" || return 1
     if [ -d "$file" ]; then # mv would put the new file into it
         return 1
@@ -281,9 +286,30 @@ write_new_file() {
         set -C # the file has to be a new one, and no symlink
         "$@" >"$file.new"
     ) || return 1
-    chmod "$mode" "$file.new" || return 1
-    [ -z "$owner" ] || chown -h "$owner" "$file.new" || return 1
+    if [ -n "$mode" ]; then
+        [ -z "$owner" ] || chown -h "$owner" "$file.new" || return 1
+        chmod "$mode" "$file.new" || return 1
+    else
+        copy_attributes || return 1
+    fi
+    sync_path "$file.new" # before the rename, or a power cut could leave an empty file
     mv -f "$file.new" "$file" || return 1
+    sync_path "${file%/*}"
+}
+
+# copy_attributes: give the new file the mode and the owner of the $file that is there
+copy_attributes() {
+    local content
+    content=$(cat "$file.new" && echo .) || return 1 # the '.' saves the line feeds at the end
+    cp -p "$file" "$file.new" || return 1
+    printf %s "${content%.}" >"$file.new"
+}
+
+# sync_path PATH: have the disk store a file, or the names of the files in a folder
+sync_path() {
+    if has_command sync; then
+        sync "$1"
+    fi
 }
 
 # ---- HTTP --------------------------------------------------------------------------------------
@@ -313,7 +339,7 @@ exchange() {
         problem='no curl or wget'
         hopeless=yes # see retry
     fi
-    case $status in # a bad status says more than what went wrong behind it
+    case $status in # a bad status says more than what went wrong after it
     000 | 200) ;;
     2??) [ -n "$data" ] || fail "$label: HTTP $status" || return ;;
     *) fail "$label: HTTP $status" || return ;;
@@ -329,8 +355,8 @@ exchange() {
 send_with_curl() {
     local bytes_a_second
     [ -z "$data" ] || set -- "$@" --data-binary "$data"
-    # Before curl 8.4, --max-filesize does not stop a body whose size is not announced. So slow a
-    # transfer stops in time: four times the limit takes TIMEOUT.
+    # Before curl 8.4, --max-filesize does not stop a body whose size is not announced. At this
+    # rate, no more than four times the limit, and 4 KiB for each second, come within TIMEOUT.
     bytes_a_second=$((4 * limit / TIMEOUT + 4096))
     curl -q --silent --fail --noproxy '*' --proto =http --max-time "$TIMEOUT" \
         --max-filesize "$limit" --limit-rate "$bytes_a_second" \
@@ -355,14 +381,18 @@ send_with_wget() {
     # wget's stdout, the body, becomes our stdout, by way of 3. Its stderr is caught in a variable.
     { said=$(timeout "$TIMEOUT" wget -q -S -Y off -O - "$@" "$url" 2>&1 >&3); } 3>&1
     code=$?
-    case $said in # it shows the reply's head, with two spaces before each line
-    *'  HTTP/1.'?' '[1-9][0-9][0-9]*) status=${said#*'  HTTP/1.'? } ;;
+    case $said in # wget prints the head of the reply, with two spaces before each line
+    *'  HTTP/1.'?' '[1-9][0-9][0-9]*)
+        status=${said#*'  HTTP/1.'? }
+        status=${status%%[!0-9]*}
+        ;;
+    *'  '*) code=no-http ;;
     esac
-    printf '\n%.3s\n\n' "$status" # its first three characters
-    case $status:$code:$said in
-    000:0:* | 000:*:*'  '*) echo 'broken reply' ;; # it is not HTTP
-    *:0:*) echo none ;;
-    *:124:* | *:143:*) echo 'timed out' ;; # timeout's status: coreutils, BusyBox
+    printf '\n%s\n\n' "$status"
+    case $status:$code in
+    000:0 | *:no-http) echo 'broken reply' ;;
+    *:0) echo none ;;
+    *:124 | *:143) echo 'timed out' ;; # timeout's exit status: coreutils, BusyBox
     *) echo 'no connection' ;;
     esac
 }
@@ -382,7 +412,6 @@ take_reply() {
         status=000
         problem='no connection'
         if [ "${#1}" -gt "$limit" ]; then
-            status=200
             problem='reply too large'
         fi
         ;;
@@ -392,9 +421,13 @@ take_reply() {
     elif [ "$problem" = 'no connection' ] && [ "$status" != 000 ]; then
         problem='broken reply' # the connection was lost behind the status
     fi
+    # The shell drops a NUL byte, and tr makes it INVALID: no value of such a body is used.
     if [ -n "$size" ] && [ "$size" != "${#body}" ]; then
-        body=$INVALID # there was a NUL byte in it, which the shell drops
+        body=$INVALID
     fi
+    case $body in
+    *"$INVALID"*) body=$INVALID ;;
+    esac
 }
 
 # ---- Attempts ----------------------------------------------------------------------------------
@@ -402,12 +435,16 @@ take_reply() {
 # retry STEP ATTEMPTS required|optional COMMAND [ARGUMENT]...: call the command until it does not
 # fail. Can fail, after all attempts, or if the command has set $hopeless.
 #
-# The wait after the first attempt is 1 second, then 2, 3 and so on, up to INTERVAL.
-# optional: IMDS may say (404, 400) that it has no such value, but for a moment it says so of each
-# value. Believe it after ENOUGH_ABSENCES, or if all attempts end so, and set $value to ''.
+# The wait after the first attempt is 1 second, then 2, 3 and so on, up to INTERVAL. optional: IMDS
+# may say (404, 400) that it has no such value. While it starts, it also says so of values that it
+# has. Believe it after ENOUGH_ABSENCES attempts that ended so, in a row or not, or if all did, and
+# set $value to ''. An empty reply is no such answer.
 retry() {
-    local step="$1" attempts="$2" kind="$3" attempt=0 absences=0
+    local step="$1" attempts="$2" kind="$3" attempt=0 absences=0 enough=$ENOUGH_ABSENCES
     shift 3
+    if [ "$attempts" -lt "$enough" ]; then
+        enough=$attempts
+    fi
     while :; do
         attempt=$((attempt + 1))
         absent=''   # request_leaf sets it
@@ -419,13 +456,9 @@ retry() {
         if [ -n "$absent" ]; then
             absences=$((absences + 1))
         fi
-        if [ "$kind" = optional ]; then
-            case $absences in
-            "$ENOUGH_ABSENCES" | "$attempts")
-                value=''
-                return
-                ;;
-            esac
+        if [ "$kind" = optional ] && [ "$absences" -ge "$enough" ]; then
+            value=''
+            return
         fi
         if [ "$attempt" -eq "$attempts" ] || [ -n "$hopeless" ]; then
             last_attempt=": $reason"
@@ -661,7 +694,9 @@ is_id() {
 # ---- Step hostname: a value from IMDS ----------------------------------------------------------
 
 # set_hostname: set the hostname that the user chose, or the resource name if IMDS says there is
-# none; can fail
+# none; can fail.
+#
+# An empty reply does not say so. It is a failed attempt, like any other reply that is no use.
 set_hostname() {
     local name
     say 'Retrieving hostname from IMDS'
@@ -678,8 +713,8 @@ set_hostname() {
     fi
 }
 
-# is_hostname TEXT: whether it is a hostname. Linux takes 64 characters, DNS 63 without a dot among
-# them.
+# is_hostname TEXT: whether it is a hostname, of up to 64 characters, or 63 if there is no dot among
+# them
 is_hostname() {
     local longest=63
     case $1 in
@@ -711,8 +746,8 @@ request_text() {
 }
 
 # request_leaf LEAF [LIMIT]: sets $value to a value from IMDS, which may be empty. A leaf is a
-# value's path below "compute". Can fail, and sets $absent for status 404, and 400, of an IMDS that
-# is too old to know the value.
+# value's path below "compute". Can fail. Sets $absent if the status is 404, or 400: an IMDS that is
+# too old to know a value says so.
 request_leaf() {
     local leaf="$1" limit="${2-$BODY_LIMIT}" version=2021-02-01 url
     if [ "$leaf" = name ]; then
@@ -733,10 +768,18 @@ request_leaf() {
 # disable_unit: disable the service, of systemd or OpenRC, so that the next boot does not run it;
 # can fail
 disable_unit() {
+    sync_all
     run systemctl disable azure-provisioning.service ||
         run rc-update del azure-provisioning ||
         fail 'neither systemctl nor rc-update disabled azure-provisioning' || return
     say_done 'Disabled azure-provisioning.service'
+}
+
+# sync_all: have the disk store all changes: a power cut must not undo them after the run is over
+sync_all() {
+    if [ -z "$DRY_RUN" ] && has_command sync; then
+        sync
+    fi
 }
 
 # ================================================================================================
@@ -776,7 +819,7 @@ read_vm_id() {
 }
 
 # read_file FILE: sets $text to the text of a file without line feeds at its end, '' if there is no
-# such file. Can fail, also if it is no text. A file that was not read must not be replaced.
+# such file. Can fail, also if it is no text.
 read_file() {
     text=''
     if [ ! -e "$1" ] && [ ! -L "$1" ]; then
@@ -815,6 +858,9 @@ create_user() {
         find_account "$name" || return
     fi
     [ -n "$account" ] || fail 'neither useradd nor adduser made the user' || return
+    if is_system_account; then
+        fail "$name is a system account" || return
+    fi
     unlock_account || return
     if [ -n "$keys" ]; then
         authorize_keys || return
@@ -901,9 +947,10 @@ has_control_character() {
     *) return 1 ;;
     esac
 }
-# find_account NAME: sets $account to the user's name, or to '' if there is no such account; or
-# fails. Also sets $password_field, that in /etc/shadow, or in /etc/passwd if the user has no line
-# there; $owner, the numbers of the user and of its group; and $home, the path of its home.
+
+# find_account NAME: sets $account to the user's name, or to '' if there is no such account; can
+# fail. Also sets $password_field, that of /etc/shadow, or of /etc/passwd if the user has no line
+# there; $uid and $gid, the numbers of the user and of its group; and $home, the path of its home.
 find_account() {
     local name="$1" IFS=':'
     account=''
@@ -914,15 +961,18 @@ find_account() {
     # shellcheck disable=SC2086 # split into fields
     set -- $line
     password_field=${2-}
-    owner=${3-}:${4-}
+    uid=${3-}
+    gid=${4-}
     home=${6-}
-    is_number "${3-}" || fail "/etc/passwd: no valid line for $name" || return
-    is_number "${4-}" || fail "/etc/passwd: no valid line for $name" || return
+    is_number "$uid" || fail "/etc/passwd: no valid line for $name" || return
+    is_number "$gid" || fail "/etc/passwd: no valid line for $name" || return
     find_line /etc/shadow "$name" || return
     if [ -n "$line" ]; then
         # shellcheck disable=SC2086 # split into fields
         set -- $line
         password_field=${2-}
+    elif [ -e /etc/shadow ]; then
+        password_field='!' # useradd was interrupted: without a line there, nobody can log in
     fi
     account=$name
 }
@@ -943,8 +993,22 @@ find_line() {
     done
 }
 
-# unlock_account: have sshd accept keys for the $account if it is locked: without PAM, it refuses
-# them. Can fail.
+# is_system_account: whether the $account is not for people: its number is below UID_MIN of
+# /etc/login.defs
+is_system_account() {
+    local each least=1000 IFS="$NEWLINE"
+    read_file /etc/login.defs || return 0
+    for each in $text; do
+        squeeze "$each"
+        case $value in
+        'UID_MIN '*) is_number "${value#* }" && least=${value#* } ;;
+        esac
+    done
+    [ "$uid" -lt "$least" ]
+}
+
+# unlock_account: unlock the $account: without PAM, sshd refuses the keys of one that is locked. Can
+# fail.
 #
 # An account is locked by a '!' at the beginning of its $password_field. With '*' as the whole
 # field, the account is not locked, and no password fits.
@@ -965,7 +1029,7 @@ authorize_keys() {
     if [ -L "$folder" ] || [ -L "$path" ]; then # the user could have made it; this is root
         fail "$folder: a symlink is in the way" || return
     fi
-    make_ssh_folder || fail "cannot make $folder" || return
+    make_ssh_folder || return
     read_file "$path" || return
     lines=$text${text:+$NEWLINE}
     for key in $keys; do
@@ -977,26 +1041,58 @@ authorize_keys() {
         *) lines=$lines$key$NEWLINE ;;
         esac
     done
-    write_file "$path" 600 "$owner" printf %s "$lines"
+    write_file "$path" 600 "$uid:$gid" printf %s "$lines"
 }
 
-# make_ssh_folder: make its $folder, and the $home if it is missing, with modes that sshd accepts;
-# returns 1 if that is not possible
+# make_ssh_folder: make its $folder of the keys, with modes that sshd accepts; can fail
 make_ssh_folder() {
-    if [ ! -d "$home" ]; then # useradd was interrupted, or did not make it
-        run mkdir -p "$home" || return
-        run chown "$owner" "$home" || return
+    make_home || return
+    must_run "$folder" mkdir -p "$folder" || return
+    must_run "$folder" chown -h "$uid:$gid" "$folder" || return
+    must_run "$folder" chmod 700 "$folder" || return
+    must_run "$folder" chmod go-w "$home"
+}
+
+# make_home: make the $home if it is missing. If it is root's, finish it: useradd was interrupted.
+# Can fail, also if it is somebody else's: the keys in it are theirs, too.
+make_home() {
+    local owner_of_home
+    if [ -d "$home" ]; then
+        owner_of_home=$(find_owner "$home")
+        if [ "$owner_of_home" = "$uid" ]; then
+            return
+        fi
+        [ "$owner_of_home" = 0 ] || fail "$home: belongs to another user" || return
+    else
+        umask 022 # everybody may pass through the folders above the home
+        must_run "$home" mkdir -p "$home" || return
+        umask 077
     fi
-    run mkdir -p "$folder" || return
-    run chown -h "$owner" "$folder" || return
-    run chmod 700 "$folder" || return
-    run chmod go-w "$home"
+    if [ -d /etc/skel ]; then
+        must_run "$home" cp -R -p /etc/skel/. "$home" || return
+    fi
+    must_run "$home" chown -R -h "$uid:$gid" "$home"
+}
+
+# find_owner FOLDER: print the number of the user that owns it
+find_owner() {
+    local IFS=' '
+    # shellcheck disable=SC2012,SC2046 # ls, as stat is not everywhere; split into words
+    set -- $(ls -ldn "$1")
+    say "${3-}"
+}
+
+# must_run PATH COMMAND [ARGUMENT]...: run a command that makes the path; can fail
+must_run() {
+    local path="$1"
+    shift
+    run "$@" || fail "cannot make $path"
 }
 
 # grant_root NAME: let the user become root without a password, with sudo or doas, if one accepts
 # the rule; can fail
 grant_root() {
-    local rule="$1 ALL=(ALL:ALL) NOPASSWD:ALL" path=/etc/doas.conf rules
+    local rule="$1 ALL=(ALL:ALL) NOPASSWD:ALL" path=/etc/doas.conf mode=440 rules
     if say "$rule" | run visudo -q -c -f -; then
         write_file /etc/sudoers.d/azure-provisioning 440 '' printf '%s\n' "$rule"
         return
@@ -1008,14 +1104,18 @@ grant_root() {
     add_last_line "$text" "permit nopass $1"
     rules=$value
     if say "$rules" | run doas -C /dev/stdin; then
-        write_file "$path" 440 '' printf '%s\n' "$rules"
+        file_behind "$path"
+        if [ -e "$value" ]; then
+            mode=''
+        fi
+        write_file "$value" "$mode" '' printf '%s\n' "$rules"
         return
     fi
     complain "user: neither sudo nor doas takes a rule for $1" # it can log in all the same
 }
 
-# add_last_line TEXT LINE: sets $value to the text with the line as its last one, where doas looks
-# first
+# add_last_line TEXT LINE: sets $value to a text that ends with the line: doas goes by the last rule
+# that fits
 add_last_line() {
     case $1 in
     '' | "$2") value=$2 ;;
@@ -1029,23 +1129,42 @@ add_last_line() {
 DVD_FOLDER=/run/azure-provisioning/dvd
 OVF_FILE=$DVD_FOLDER/ovf-env.xml
 DVD_ATTEMPTS=5
-DATA_LIMIT=122880 # bytes, of ovf-env.xml or user data: room for 64 KiB in base64
+ASCII=$(printf '\001-\177') # for [ ], which reads the '-' as a range
+DATA_LIMIT=122880           # bytes, of ovf-env.xml or user data: room for 64 KiB in base64
 
 # request_dvd: read ovf-env.xml, which is on a DVD at the first boot; sets $user_name,
 # $user_password, $disable_passwords and $custom_data to the texts in it, or to ''. Can fail.
 request_dvd() {
     mount_dvd || return
     # The shell would drop a NUL byte: tr makes it INVALID.
-    { body=$(tr '\000' "$INVALID" <"$OVF_FILE") || body=''; } 2>/dev/null
+    body=''
+    if [ -f "$OVF_FILE" ]; then
+        { body=$(tr '\000' "$INVALID" <"$OVF_FILE") || body=''; } 2>/dev/null
+    fi
     umount "$DVD_FOLDER" # if it fails, the next mount_dvd finds the DVD mounted
     [ -n "$body" ] || fail 'ovf-env.xml: cannot be read' || return
-    [ "${#body}" -le "$DATA_LIMIT" ] || fail 'ovf-env.xml: not an OVF environment' || return
+    if [ "${#body}" -gt "$DATA_LIMIT" ] || ! is_utf_8; then
+        fail 'ovf-env.xml: not an OVF environment' || return
+    fi
     unset user_name user_password disable_passwords custom_data
     read_xml Environment take_ovf || fail 'ovf-env.xml: not an OVF environment' || return
     user_name=${user_name-}
     user_password=${user_password-}
     disable_passwords=${disable_passwords-}
     custom_data=${custom_data-}
+}
+
+# is_utf_8: whether the $body says that it is UTF-8. What is ASCII alone may say what it likes.
+is_utf_8() {
+    case $body in
+    *[!$ASCII]*) ;;
+    *) return 0 ;;
+    esac
+    case ${body%%'?>'*} in # the declaration
+    *encoding*=*[\"\'][Uu][Tt][Ff]-8[\"\']*) ;;
+    *encoding*=*[\"\'][Uu][Ss]-[Aa][Ss][Cc][Ii][Ii][\"\']*) ;;
+    *encoding*=*) return 1 ;;
+    esac
 }
 
 # take_ovf PATH TEXT: keep the text of the first element at each of these paths. read_xml calls it.
@@ -1086,7 +1205,8 @@ set_password() {
     if has_control_character "$value" || [ "${#value}" -gt 72 ]; then # as long as Azure allows
         fail 'no valid password' || return
     fi
-    if [ -n "$value" ]; then
+    # REDACTED stands in a copy of the file that cloud-init makes.
+    if [ -n "$value" ] && [ "$value" != REDACTED ]; then
         print_line "$name:$value" | run chpasswd || fail 'chpasswd failed' || return
         say_done 'Password set'
     fi
@@ -1141,15 +1261,21 @@ configure_sshd() {
     read_file "$SSHD_CONFIG" || return
     others=$text${text:+$NEWLINE}
     while :; do
-        case $others in # those of an earlier run go
+        case $others in # such as those of an earlier run
         'PasswordAuthentication '*) others=${others#*"$NEWLINE"} ;;
         'KbdInteractiveAuthentication '*) others=${others#*"$NEWLINE"} ;;
         *) break ;;
         esac
     done
-    write_file "$SSHD_CONFIG" 644 '' printf %s "$ours$others" || return
+    file_behind "$SSHD_CONFIG"
+    write_file "$value" '' '' printf %s "$ours$others" || return
     say_done "PasswordAuthentication: $1"
     reload_sshd
+}
+
+# file_behind PATH: sets $value to the file that a symlink leads to, or to the path itself
+file_behind() {
+    value=$(readlink -f "$1") || value=$1
 }
 
 # reload_sshd: have sshd read its configuration again, if it is running. If not, it will at its
@@ -1177,8 +1303,8 @@ save_data() {
     fi
 }
 
-# save_decoded LABEL FILE TEXT: decode a text from base64 into a file. If it is empty, remove the
-# file: an earlier VM's. Can fail.
+# save_decoded LABEL FILE TEXT: decode a text from base64 into a file. If it is empty, remove what
+# the image has there. Can fail.
 save_decoded() {
     remove_characters "$SPACE" "$3"
     is_base64 "$value" || fail "$1: no base64" || return
@@ -1238,9 +1364,8 @@ renew_lease() {
         run killall -USR1 udhcpc
 }
 
-# renew_with_dhclient: ask with a second dhclient: the first one cannot be told to renew. Then end
-# the second one. Returns 1 if that does not work. /bin/true, which does nothing, is its script, so
-# that it leaves the interface as it is.
+# renew_with_dhclient: start a dhclient of our own, as the one that runs cannot be told to renew,
+# and end it. Its script is /bin/true, so that it leaves the interface as it is.
 renew_with_dhclient() {
     run dhclient -1 -q -sf /bin/true "$interface" &&
         run dhclient -x -q "$interface"
@@ -1254,6 +1379,7 @@ VM_ID_FILE=$STATE_FOLDER/vm-id
 remember_vm() {
     read_vm_id
     [ -n "$vm_id" ] || fail 'cannot read /sys/class/dmi/id/product_uuid' || return
+    sync_all
     write_file "$VM_ID_FILE" 600 '' printf '%s\n' "$vm_id" || return
     say_done "Remembered: $vm_id"
 }

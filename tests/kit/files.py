@@ -6,7 +6,9 @@ empty
     127.0.0.1 localhost
 /etc/motd 644 < motd        a file with the bytes of another one, here `motd`
 /etc/issue 644 = "no end"   a file with just these bytes
+/home/other/ 755 by 4242    a folder or a file that belongs to the user of this number, 0 is root
 /etc/mtab -> /proc/mounts   a symlink
+/etc/queue fifo             a FIFO, which nobody reads or writes
 /etc/issue gone             none, where there was one
 /etc/group same             what the defaults of the case say does not count
 """
@@ -22,8 +24,8 @@ import text
 
 LINE = re.compile(
     r'(?P<path>/\S*?)(?P<folder>/?) '
-    r'(?:(?P<mode>[0-7]{3,4})(?: < (?P<source>\S+))?'
-    r'|-> (?P<target>\S+)|(?P<word>gone|same))'
+    r'(?:(?P<mode>[0-7]{3,4})(?: by (?P<owner>[0-9]+))?(?: < (?P<source>\S+))?'
+    r'|-> (?P<target>\S+)|(?P<word>gone|same|fifo))'
 )
 REPLACED = (
     'etc',
@@ -53,9 +55,9 @@ LINKS = {
 MOST_SHOWN = 2000  # characters of a file
 MARK = 'etc/sandbox'  # the stubs change nothing where this is missing
 
-File = collections.namedtuple(
-    'File', 'kind mode content'
-)  # 'file', 'folder', 'link', 'gone', 'same'
+# kind: 'file', 'folder', 'link', 'fifo', 'gone', 'same'; owner: only where one is given
+File = collections.namedtuple('File', 'kind mode content owner')
+File.__new__.__defaults__ = (None,)
 
 
 class BadFiles(Exception):
@@ -89,7 +91,8 @@ def one(line, values, source):
     data = text.encoded(text.filled(text.unquoted(content), values))
     if match.group('source'):
         data = source(match.group('source'))
-    return path, File('folder' if match.group('folder') else 'file', mode, data)
+    owner = match.group('owner') and int(match.group('owner'))
+    return path, File('folder' if match.group('folder') else 'file', mode, data, owner)
 
 
 def changed(files, changes):
@@ -116,12 +119,17 @@ def put(root, files):
     for home, (uid, gid) in homes(root).items():
         for path, _ in walk(root, home):
             os.chown(root + path, uid, gid, follow_symlinks=False)
+    for path, file in files.items():
+        if file.owner is not None:
+            os.chown(root + path, file.owner, file.owner)
 
 
 def put_one(place, file):
     os.makedirs(os.path.dirname(place), exist_ok=True)
     if file.kind == 'link':
         return os.symlink(file.content, os.fsencode(place))
+    if file.kind == 'fifo':
+        return os.mkfifo(place, 0o600)
     if file.kind == 'folder':
         os.makedirs(place, exist_ok=True)
     else:
@@ -146,7 +154,7 @@ def homes(root):
     lines = (
         contents(os.path.join(root, 'etc/passwd')).decode('utf-8', 'surrogateescape').splitlines()
     )
-    accounts = [line.split(':') for line in lines]
+    accounts = [line.split(':') for line in lines if line.count(':') >= 6]  # not those cut off
     return {
         each[5]: (int(each[2]), int(each[3]))
         for each in accounts

@@ -288,6 +288,8 @@ def replace_file(path, mode, content, owner):
     """Do the work of write_file. Raise OSError if that is not possible."""
     new = f'{path}.new'
     os.makedirs(os.path.dirname(path), exist_ok=True)
+    if os.path.isdir(path):
+        raise IsADirectoryError(path)
     remove_file(new)
     try:
         with open(new, 'xb') as file:

@@ -30,7 +30,7 @@ ONLY_PYTHON = {
 ONLY_SHELL = {
     'fail': 'Python has raise Failed',
     'has_word': 'Python has in',
-    'write_new_file': 'Python has try',
+    'copy_attributes': 'Python has os.stat',
     'send_with_curl': 'Python has transfer',
     'send_with_wget': 'Python has transfer',
     'take_reply': 'Python is given status and body apart',
@@ -41,8 +41,10 @@ ONLY_SHELL = {
     'open_element': 'Python has an XML parser',
     'close_element': 'Python has an XML parser',
     'is_blank': 'Python has an XML parser',
+    'find_owner': 'Python has os.stat',
     'decode_entities': 'Python has an XML parser',
     'print_line': 'Python gives a command its input',
+    'file_behind': 'Python has os.path.realpath',
     'decode_base64': 'Python has base64',
 }
 # The same function with two names, Python's first, each with its reason.
@@ -50,6 +52,7 @@ PAIRS = {
     ('read_settings', 'check_settings'): 'the shell reads the environment above its functions',
     ('read_url', 'check_url'): 'the same',
     ('read_number', 'check_number'): 'the same',
+    ('sync', 'sync_path'): 'the shell runs a command that is called sync',
     ('find_fields', 'find_line'): 'the shell splits the line where it needs the fields',
 }
 

@@ -24,7 +24,8 @@ from host import Answer, Host, good
 from run import OURS, command_line
 from tap import Skipped, tell
 
-COMMANDS = ('awk', 'cat', 'cut', 'grep', 'head', 'sed', 'tr')  # that could read a file
+# They could read a file, or take part in replacing one.
+COMMANDS = ['awk', 'cat', 'cp', 'cut', 'grep', 'head', 'ls', 'mv', 'readlink', 'sed', 'sync', 'tr']
 AT_ONCE = 'kill -KILL $$'
 HALF_WAY = '{real} "$@" | {head} -c 30; kill -KILL $$'
 DYING_COMMAND = """#!/bin/sh
@@ -40,6 +41,7 @@ BEFORE = {
 root:x:0:0:root:/root:/bin/sh
 azureuser:x:{uid}:{gid}::/home/azureuser:/bin/sh
 """,
+    '/etc/login.defs': '# Below this number, an account is for no person.\nUID_MIN {uid}\n',
     '/etc/shadow': 'root:*:20000:0:99999:7:::\nazureuser:$6$salt$hash:20000:0:99999:7:::\n',
     '/etc/doas.conf': '# The first rule.\npermit persist :wheel\npermit persist :operator\n',
     '/etc/ssh/sshd_config': '# The first line.\nPort 22\nUsePAM yes\nPermitRootLogin no\n',
@@ -154,7 +156,9 @@ def nothing_wrong(program):
 def dying(program, death):
     jobs = [
         ('user', '/etc/passwd'),
+        ('user', '/etc/login.defs'),
         ('user', '/etc/shadow'),
+        ('user', '/home/azureuser'),
         ('user', '/home/azureuser/.ssh/authorized_keys'),
         ('user', '/etc/doas.conf'),
         ('password', '/run/azure-provisioning/dvd/ovf-env.xml'),

@@ -43,6 +43,23 @@ fuzz: ## compare both scripts with an XML library [SEED=1 N=400]
 bench: ## measure what a run costs, in 3 minutes
 	@python3 tests/bench/bench.py
 
+# They install their tools first; a copy of the list says that it is done.
+TOOLS = .venv/lint-tools.txt
+
+lint: $(TOOLS) ## run the linters
+	@python3 tests/checks/lint.py
+	@python3 tests/checks/style.py azure-provisioning.py azure-provisioning.sh
+
+format: $(TOOLS) ## apply the formatters
+	@python3 tests/checks/lint.py format
+
+$(TOOLS): tests/checks/lint-tools.txt
+	python3 -m venv --clear .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check --retries 1 -r $<
+	cp $< $@
+
+.PHONY: lint format
+
 BINARY = $(PREFIX)/sbin/azure-provisioning
 PROGRAM = $(DESTDIR)$(BINARY)
 UNIT = $(DESTDIR)$(UNITDIR)/azure-provisioning.service

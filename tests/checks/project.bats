@@ -1,49 +1,161 @@
-# What holds for the project's files: lint, size, the likeness of the two scripts, the Makefile, the unit.
+# What holds for the project's files: layout, style, the likeness of the two scripts, the Makefile, the unit.
 
 bats_require_minimum_version 1.5.0
+
+setup_file() {
+    cd "$BATS_TEST_DIRNAME/../.." || exit
+    timeout 120 make -s .venv/lint-tools.txt >/dev/null 2>&1 || : # then they may be on PATH
+}
 
 setup() {
     cd "$BATS_TEST_DIRNAME/../.." || exit
     folder=$BATS_TEST_TMPDIR
 }
 
-@test "the shell script is clean for sh, dash and bash" {
-    for shell in sh dash bash; do shellcheck --shell="$shell" azure-provisioning.sh; done
+@test "nothing stands at the top level but the program, its unit, and what every project has" {
+    { git ls-files 2>/dev/null || ls; } | cut -d / -f 1 | sort -u >"$folder/names"
+    while read -r name; do
+        echo "$name"
+        case $name in
+        azure-provisioning.py | azure-provisioning.sh | azure-provisioning.service) ;;
+        tests | docs | recipes | drop-ins | Makefile | .*) ;;
+        README.md | CONTRIBUTING.md | CHANGELOG.md | SECURITY.md | LICENSE) ;;
+        *) false ;;
+        esac
+    done <"$folder/names"
 }
 
-@test "the shell of the tests is clean" {
-    shellcheck tests/test tests/boot/tree tests/boot/container tests/boot/image/report tests/boot/image/probe \
-        tests/boot/image/openrc tests/boot/image/logins tests/boot/busybox/azure-host tests/boot/busybox/report \
-        tests/kit/stubs/hostnamectl tests/bench/baselines/*.sh .ci/run
-    shellcheck --shell=bats tests/checks/project.bats
+lint() { # CHECK: run it, or skip where its tool cannot be had
+    local said code=0
+    said=$(python3 tests/checks/lint.py "$1") || code=$?
+    echo "$said"
+    [ "$code" -ne 3 ] || skip "$said"
+    [ "$code" -eq 0 ]
 }
 
-@test "each script has 450 lines at most, none longer than 120 characters" {
-    for script in azure-provisioning.py azure-provisioning.sh; do
-        [ "$(wc -l <"$script")" -le 450 ]
-        run grep -nE '.{121}' "$script"
+@test "ruff format changes no Python file" {
+    lint ruff-format
+}
+
+@test "ruff check has nothing to say" {
+    lint ruff-check
+}
+
+@test "shfmt changes no shell file" {
+    lint shfmt
+}
+
+@test "shellcheck has nothing to say, for sh, dash and Bash" {
+    lint shellcheck
+}
+
+@test "the style of the scripts is theirs: short functions and lines, no condition that acts" {
+    python3 tests/checks/style.py azure-provisioning.py azure-provisioning.sh
+}
+
+@test "the check of the style finds what is wrong" {
+    spoiled() { # FILE LINES: how many lines of a file are complained of
+        run python3 tests/checks/style.py "$1"
+        echo "$output"
+        [ "$(cut -d : -f 2 <<<"$output" | sort -u | wc -l)" -eq "$2" ]
+    }
+    cat >"$folder/spoiled.py" <<'END'
+def short(x):
+    """A text."""
+    call(x)
+    return x and call(x)
+
+
+x and y()
+1
+x = 1; y = 2
+if x: y = 3
+END
+    spoiled "$folder/spoiled.py" 4
+    { echo 'def long():' && seq -f '    x = %g' 40; } >"$folder/spoiled.py"
+    spoiled "$folder/spoiled.py" 1
+    cat >"$folder/spoiled.sh" <<'END'
+short() {
+    call '; a && b' "$(call "$x")" || return # ; a && b
+    [ "$x" ] && [ "$y" ] || fail '; a'
+    if [ "$x" ] && call; then
+        call || call
+    fi
+    case $x in
+    'a;') call ;;
+    *"$b"*) return 1 ;;
+    esac
+}
+
+[ "$x" ] && call
+[ "$x" ] || x=y
+is_x || call
+call && call
+x=$(call; call)
+call; call
+case $x in
+a) call; call ;;
+*) [ "$x" ] || call ;;
+esac
+short() { call; }
+long() {
+END
+    { seq -f '    x=%g' 40 && echo '}'; } >>"$folder/spoiled.sh"
+    spoiled "$folder/spoiled.sh" 10
+    printf '# %0100d\n' 1 >"$folder/spoiled.sh"
+    spoiled "$folder/spoiled.sh" 1
+}
+
+@test "the two scripts are one program: sections, functions, settings, defaults, version, usage" {
+    python3 tests/checks/alike.py
+}
+
+@test "the check of the likeness finds what differs" {
+    while read -r language change; do
+        cp azure-provisioning.py azure-provisioning.sh "$folder/"
+        sed -i "$change" "$folder/azure-provisioning.$language"
+        ! cmp -s {,"$folder/"}azure-provisioning."$language"
+        run python3 tests/checks/alike.py "$folder"/azure-provisioning.{py,sh}
+        echo "$change: $output"
+        [ "$status" -eq 1 ]
+    done <<'END'
+py s/^# ---- Attempts/# ---- Tries/
+sh s/^set_hostname() {/new() {\n    :\n}\n\n&/
+py s/^def set_hostname/def new():\n    pass\n\n\n&/
+sh s/^# The default run ends here/# It ends here/
+py s/attempts=240/attempts=241/
+sh s/INTERVAL-5}/INTERVAL-6}/
+sh s/^VERSION=.*/VERSION=0/
+py s/^options:/Options:/
+END
+}
+
+@test "the defaults are those of the usage and the README" {
+    sed -n 's/^[A-Z]*=${\(AZURE[A-Z_]*\)-\([^}]*\)}.*/\1 \2/p' azure-provisioning.sh >"$folder/defaults"
+    [ "$(wc -l <"$folder/defaults")" -eq 5 ]
+    ./azure-provisioning.sh --help | tr '\n' ' ' >"$folder/usage"
+    while read -r name value; do
+        grep -q "$name [^(]*(default: $value)" "$folder/usage"
+        grep -q "$name.*$value" README.md
+    done <"$folder/defaults"
+}
+
+@test "nothing happens when the Python script is imported" {
+    python3 tests/checks/import_check.py azure-provisioning.py
+    for line in 'os.umask(1)' 'signal.signal(signal.SIGINT, signal.SIG_DFL)' 'sys.argv.clear()' \
+        'threading.Thread(target=time.sleep, args=[9], daemon=True).start()' '__import__("zipfile")'; do
+        sed "s/^VERSION = /$line\n&/" azure-provisioning.py >"$folder/spoiled.py"
+        run python3 tests/checks/import_check.py "$folder/spoiled.py"
+        echo "$line: $output"
         [ "$status" -eq 1 ]
     done
 }
 
-@test "the two scripts have the same functions in the same order" {
-    # Python's tag is inside parse, as what it reads with calls it; a shell has || return for need, and cat for contents
-    sed -n 's/^def \([a-z_]*\).*/\1/p; s/^    def \(tag\)(.*/\1/p' azure-provisioning.py |
-        grep -vx -e need -e contents >"$folder/py"
-    sed -n 's/^\([a-z_]*\)() {.*/\1/p' azure-provisioning.sh >"$folder/sh"
-    [ "$(wc -l <"$folder/sh")" -gt 15 ]
-    diff "$folder/py" "$folder/sh"
-}
-
-@test "the two scripts have the same defaults" {
-    sed -n "s/^[A-Z]* = os.environ.get('\(AZURE[A-Z_]*\)', '\(.*\)')/\1 \2/p" azure-provisioning.py >"$folder/py"
-    sed -n 's/^[A-Z]*=${\(AZURE[A-Z_]*\)-\(.*\)}/\1 \2/p' azure-provisioning.sh >"$folder/sh"
-    [ "$(wc -l <"$folder/sh")" -eq 5 ]
-    diff "$folder/py" "$folder/sh"
-    while read -r name value; do
-        grep -q "$name .*($value)" azure-provisioning.sh # as the usage says
-        grep -q "$name.*$value" README.md
-    done <"$folder/sh"
+@test "dying commands and a silent resolver: no line of a file is lost, and no time" {
+    run python3 tests/checks/broken_machine.py
+    echo "$output"
+    [ "$status" -eq 0 ]
+    [[ $output != *'# skip this machine'* ]] || skip "$(sed -n 's/.*# skip //p' <<<"$output" | head -n 1)"
 }
 
 @test "the version is the same in both scripts, in what they print and send, and in the changelog" {
@@ -57,17 +169,15 @@ setup() {
 }
 
 @test "the README has a row for each reason that the scripts can give, and no other" {
-    python3 tests/checks/reasons.py azure-provisioning.sh >"$folder/sh"
+    for language in py sh; do
+        python3 tests/checks/reasons.py "azure-provisioning.$language" | sort >"$folder/$language"
+    done
     [ "$(wc -l <"$folder/sh")" -gt 30 ]
-    sed -n '/^## When it fails/,/^## /s/^| .\([^|]*\). | .*/\1/p' README.md | grep -v -e '^t say' -e '^--' |
-        sort >"$folder/readme"
-    diff <(sort "$folder/sh") "$folder/readme"
-    # Python puts its reasons together otherwise: each is to be one of these
-    python3 tests/checks/reasons.py azure-provisioning.py | sed 's/^goal state: //; s/[.*]/\\&/g; s/…/.*/g' >"$folder/py"
-    while read -r reason; do grep -q -- "$reason$" "$folder/sh" || { echo "$reason" && return 1; }; done <"$folder/py"
-    grep -v 'no curl or wget' "$folder/sh" >"$folder/both" # what Python does not need
-    run grep -vxE "(…: )?($(paste -s -d '|' "$folder/py"))" "$folder/both"
-    [ -z "$output" ]
+    # shellcheck disable=SC2016 # of the README
+    sed -n '/^## When it fails/,/^## /s/^| `\([^`]*\)`.*/\1/p' README.md | sort >"$folder/readme"
+    diff "$folder/sh" "$folder/readme"
+    # Python needs no client, and says in words of its own what is wrong with it.
+    diff "$folder/py" <(grep -vx -e '…: no curl or wget' -e 'unknown error' "$folder/sh")
 }
 
 @test "the README shows the journal of the demo" {
@@ -142,7 +252,7 @@ setup() {
     make_install() { make install DESTDIR="$folder/an image" IMPL=sh STEPS="$1"; }
     make_install 'user data hostname ready remember'
     [ "$(cd "$drop_ins" && echo *)" = 'data.conf remember.conf steps.conf user.conf' ]
-    for step in data remember user; do cmp {azure-provisioning.service.d,"$drop_ins"}/$step.conf; done
+    for step in data remember user; do cmp {drop-ins,"$drop_ins"}/$step.conf; done
     diff "$drop_ins/steps.conf" - <<END
 [Service]
 ExecStart=
@@ -256,7 +366,7 @@ END
 }
 
 @test "each drop-in is named after a step, and says why it has its directives" {
-    for drop_in in azure-provisioning.service azure-provisioning.service.d/*; do
+    for drop_in in azure-provisioning.service drop-ins/*; do
         step=$(basename "$drop_in" .conf)
         [ "$step" = azure-provisioning.service ] || ./azure-provisioning.sh "$step" --version
         # neither directives without a comment above them, nor comments that are directives
@@ -345,7 +455,7 @@ verify() { # [ARGUMENT]...: install with these arguments of make, and verify the
 @test "the unit's sandbox scores 1.5 or better" {
     scores
     score() { systemd-analyze security --no-pager --offline=true --threshold=15 "$folder/azure-provisioning.service"; }
-    cp azure-provisioning.service "$folder/" # beside the drop-ins, all of them would count
+    cp azure-provisioning.service "$folder/"
     score
     # and it would have failed
     grep -v '^CapabilityBoundingSet=' azure-provisioning.service >"$folder/azure-provisioning.service"
@@ -369,6 +479,16 @@ verify() { # [ARGUMENT]...: install with these arguments of make, and verify the
 copy_kit() {
     rm -rf "$folder/kit"
     cp -r tests/kit "$folder/kit"
+}
+
+@test "the Python script refuses lengths that HTTP does not allow, though a port may take them" {
+    copy_kit
+    sed -i 's/^either/must-not/' "$folder/kit/cases/goal-state-faults/lengths.cases"
+    for cases in length chunk; do
+        run python3 "$folder/kit/run.py" --strict --only "goal-state-faults/must-not-$cases" "$PWD/azure-provisioning.py"
+        echo "$output"
+        [[ $output == *' passed, 0 failed' ]] || [ "$status" -eq 3 ]
+    done
 }
 
 @test "the runner refuses a base URL that is not on loopback" {

@@ -104,6 +104,19 @@ def changed(files, changes):
 def put(root, files):
     """Put files in place, below a new folder; what is in a home is its user's."""
     os.umask(0o022)  # what is not listed has the modes of a common system; the program inherits it
+    put_common(root)
+    for path, file in files.items():
+        put_one(root + path, file)
+    for home, (uid, gid) in homes(root).items():
+        for path, _ in walk(root, home):
+            os.chown(root + path, uid, gid, follow_symlinks=False)
+    for path, file in files.items():
+        if file.owner is not None:
+            os.chown(root + path, file.owner, file.owner)
+
+
+def put_common(root):
+    """Put in place what each root file system has."""
     for folder in REPLACED:
         os.makedirs(os.path.join(root, folder))
     for kept in KEPT:
@@ -114,14 +127,6 @@ def put(root, files):
     for link, target in LINKS.items():
         os.symlink(target, os.path.join(root, link))
     write(os.path.join(root, MARK), b'')
-    for path, file in files.items():
-        put_one(root + path, file)
-    for home, (uid, gid) in homes(root).items():
-        for path, _ in walk(root, home):
-            os.chown(root + path, uid, gid, follow_symlinks=False)
-    for path, file in files.items():
-        if file.owner is not None:
-            os.chown(root + path, file.owner, file.owner)
 
 
 def put_one(place, file):

@@ -252,7 +252,9 @@ run() {
 
 # say_done LINE: print that something has been changed; a dry run does not print it
 say_done() {
-    [ -n "$DRY_RUN" ] || say "$1"
+    if [ -z "$DRY_RUN" ]; then
+        say "$1"
+    fi
 }
 
 # write_file FILE MODE OWNER COMMAND [ARGUMENT]...: replace a file, or make a new one, by what the
@@ -287,7 +289,9 @@ replace_file() {
         "$@" >"$file.new"
     ) || return 1
     if [ -n "$mode" ]; then
-        [ -z "$owner" ] || chown -h "$owner" "$file.new" || return 1
+        if [ -n "$owner" ]; then
+            chown -h "$owner" "$file.new" || return 1
+        fi
         chmod "$mode" "$file.new" || return 1
     else
         copy_attributes || return 1
@@ -300,7 +304,10 @@ replace_file() {
 # copy_attributes: give the new file the mode and the owner of the $file that is there
 copy_attributes() {
     local content
-    content=$(cat "$file.new" && echo .) || return 1 # the '.' saves the line feeds at the end
+    content=$(
+        cat "$file.new" || exit 1
+        echo . # saves the line feeds at the end
+    ) || return 1
     cp -p "$file" "$file.new" || return 1
     printf %s "${content%.}" >"$file.new"
 }
@@ -354,7 +361,9 @@ exchange() {
 #     PROBLEM, or none
 send_with_curl() {
     local bytes_a_second
-    [ -z "$data" ] || set -- "$@" --data-binary "$data"
+    if [ -n "$data" ]; then
+        set -- "$@" --data-binary "$data"
+    fi
     # Before curl 8.4, --max-filesize does not stop a body whose size is not announced. At this
     # rate, no more than four times the limit, and 4 KiB for each second, come within TIMEOUT.
     bytes_a_second=$((4 * limit / TIMEOUT + 4096))
@@ -374,7 +383,9 @@ send_with_curl() {
 # the SIZE, which is empty then.
 send_with_wget() {
     local said code status=000
-    [ -z "$data" ] || set -- "$@" --post-data "$data"
+    if [ -n "$data" ]; then
+        set -- "$@" --post-data "$data"
+    fi
     case $(wget --help 2>&1) in
     *--max-redirect*) set -- --no-config --tries=1 --max-redirect=0 "$@" ;; # only GNU's has these
     esac
@@ -1001,7 +1012,11 @@ is_system_account() {
     for each in $text; do
         squeeze "$each"
         case $value in
-        'UID_MIN '*) is_number "${value#* }" && least=${value#* } ;;
+        'UID_MIN '*)
+            if is_number "${value#* }"; then
+                least=${value#* }
+            fi
+            ;;
         esac
     done
     [ "$uid" -lt "$least" ]
@@ -1064,9 +1079,10 @@ make_home() {
         fi
         [ "$owner_of_home" = 0 ] || fail "$home: belongs to another user" || return
     else
-        umask 022 # everybody may pass through the folders above the home
-        must_run "$home" mkdir -p "$home" || return
-        umask 077
+        (
+            umask 022 # everybody may pass through the folders above the home
+            run mkdir -p "$home"
+        ) || fail "cannot make $home" || return
     fi
     if [ -d /etc/skel ]; then
         must_run "$home" cp -R -p /etc/skel/. "$home" || return
@@ -1367,8 +1383,8 @@ renew_lease() {
 # renew_with_dhclient: start a dhclient of our own, as the one that runs cannot be told to renew,
 # and end it. Its script is /bin/true, so that it leaves the interface as it is.
 renew_with_dhclient() {
-    run dhclient -1 -q -sf /bin/true "$interface" &&
-        run dhclient -x -q "$interface"
+    run dhclient -1 -q -sf /bin/true "$interface" || return
+    run dhclient -x -q "$interface"
 }
 
 # ---- Step remember -----------------------------------------------------------------------------

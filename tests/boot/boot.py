@@ -12,11 +12,9 @@ import time
 
 import kit_path  # noqa: F401  before the modules of the kit
 from host import ADDRESSES, Azure, good, network
-from lib import BLOCK, GOOD_RUN, SILENT, expect, from_readme, is_provisioned, main, probed
+from lib import BLOCK, FEW, GOOD_RUN, SILENT, expect, from_readme, is_provisioned, main, probed
 from tap import measured
 
-# few attempts, so that a failure does not take 40 minutes
-FEW = '[Service]\nEnvironment=AZURE_PROVISIONING_ATTEMPTS=3\n'
 SLOW = """[Unit]
 Before=network.target
 [Service]

@@ -22,6 +22,7 @@ import threading
 import kit_path  # noqa: F401  before the modules of the kit
 from host import ENDPOINTS, Answer, Azure, good
 from lib import (
+    FEW,
     BLOCK,
     KEYS,
     PASSWORD,
@@ -306,7 +307,7 @@ def not_ready(machine):
         report = machine.boot()
         posts = host.posts()
     assert len(posts) == 1 and b'<State>NotReady</State>' in posts[0].body, posts
-    assert b'|reason=user: gave up after 1 attempts: adminUsername: HTTP 400|' in posts[0].body, (
+    assert b'|reason=user: gave up after 3 attempts: adminUsername: HTTP 400|' in posts[0].body, (
         posts
     )
     expect(
@@ -317,6 +318,9 @@ def not_ready(machine):
             'azure-provisioning.service:ActiveState': 'failed',
         },
     )
+
+
+not_ready.drop_in = FEW
 
 
 def publish(machine):

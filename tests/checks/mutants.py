@@ -25,17 +25,22 @@ import run
 import sandbox
 
 TABLE = pathlib.Path(__file__).resolve().parent / 'mutants.txt'
+CONTRACT = run.PROJECT / 'docs/contract.md'
 SCRIPT = run.OURS[0]
 FEWEST = 150  # or some have been lost
 LIMIT = 15  # seconds for one run: the cases that are named take ten at most
 # A mutant may try for ever what its case expects to be refused. It need not wait between attempts.
 ENVIRONMENT = {'AZURE_PROVISIONING_INTERVAL': '0'}
-HEAD = re.compile(r'(?P<name>\S+) +\| (?P<options>(?:--\w+ )*)(?P<case>\S+) +\| (?P<why>.+)')
+HEAD = re.compile(
+    r'(?P<name>\S+) \| (?P<rule>\w+) \| (?P<options>(?:--\w+ )*)(?P<case>\S+/\S+) \| (?P<why>.+)'
+)
+WITHOUT = re.compile(r'none \| (?P<rule>\w+) \| .+')
+RULE = re.compile(r'^(?:\| |- )\*\*(\w+)\*\*', re.MULTILINE)  # in the contract
 CHANGE = re.compile(r'    (?P<old>\S.*?) =>(?: (?P<new>.*))?')
 CONTINUED = re.compile('        (?P<line>.*)')
 LINE_BREAK = ' // '  # within an old text
 
-Mutant = collections.namedtuple('Mutant', 'name options case why changes')
+Mutant = collections.namedtuple('Mutant', 'name rule options case why changes')
 
 
 class BadMutant(Exception):
@@ -48,14 +53,14 @@ def read_table(text):
     for line in text.split('\n'):
         head, change, continued = (each.fullmatch(line) for each in (HEAD, CHANGE, CONTINUED))
         if head:
-            name, options, case, why = head.group('name', 'options', 'case', 'why')
-            mutants.append(Mutant(name, options.split(), case, why, []))
+            name, rule, options, case, why = head.groups()
+            mutants.append(Mutant(name, rule, options.split(), case, why, []))
         elif change and mutants:
             mutants[-1].changes.append((change.group('old'), change.group('new') or ''))
         elif continued and mutants and mutants[-1].changes:
             old, new = mutants[-1].changes.pop()
             mutants[-1].changes.append((old, '%s\n%s' % (new, continued.group('line'))))
-        elif line and not line.startswith('#'):
+        elif line and not line.startswith('#') and not WITHOUT.fullmatch(line):
             sys.exit('%s: what is %r?' % (TABLE.name, line))
     names = collections.Counter(mutant.name for mutant in mutants)
     if max(names.values()) > 1:
@@ -105,103 +110,117 @@ def undefined_names(tree):
     return used - defined
 
 
-class Checker:
-    """Runs the mutants, and the script itself: those that wait side by side."""
+def wrong_rules(mutants, table):
+    """Return what is wrong with the rules that the table names, in lines."""
+    known = RULE.findall(CONTRACT.read_text(encoding='utf-8'))
+    named = {mutant.rule for mutant in mutants}
+    without = {match.group('rule') for match in map(WITHOUT.fullmatch, table.split('\n')) if match}
+    yield from ('%s has no mutant' % rule for rule in known if rule not in named | without)
+    yield from ('%s has a mutant, and a line "none"' % rule for rule in sorted(named & without))
+    yield from ('there is no rule %s' % rule for rule in sorted((named | without) - set(known)))
 
-    def __init__(self, folder):
-        self.folder = folder
+
+class Checker:
+    """Runs cases for mutants and for the script itself: those that wait side by side."""
+
+    def __init__(self, folder, refused):
+        self.folder, self.refused = folder, refused
         self.known = {case.name: case for case in cases.find()[0]}
         self.source = pathlib.Path(SCRIPT).read_text(encoding='utf-8')
         self.busy = concurrent.futures.ThreadPoolExecutor(run.BUSY)
         self.waiting = concurrent.futures.ThreadPoolExecutor(run.WAITING)
-        self.originals = {}
 
-    def start(self, mutant):
-        """Start the runs for a mutant. Return a function that waits for them.
-
-        It returns the differences that the case finds. It raises BadMutant if the mutant is not in
-        order, or if the case also finds something without the change.
-        """
-        case, strict = self.known.get(mutant.case), '--strict' in mutant.options
-        if not case:
-            return self.bad('there is no case %s' % mutant.case)
-        try:
-            source = source_of(mutant, self.source)
-        except BadMutant as error:
-            return self.bad(str(error))
-        program = os.path.join(self.folder, mutant.name + '.py')
-        with open(program, 'w', encoding='utf-8') as file:
-            file.write(source)
-        key = case.name, strict
-        if key not in self.originals:
-            self.originals[key] = self.submit(case, SCRIPT, strict)
-        original, changed = self.originals[key], self.submit(case, program, strict)
-
-        def result():
-            if original.result():
-                raise BadMutant('the script itself fails the case')
-            return changed.result()
-
-        return result
-
-    @staticmethod
-    def bad(reason):
-        def result():
-            raise BadMutant(reason)
-
-        return result
-
-    def submit(self, case, program, strict):
-        """Run a program for a case as soon as there is room for it."""
-        pool = self.waiting if run.waits(case) else self.busy
-        return pool.submit(self.differences, case, program, strict)
-
-    @staticmethod
-    def differences(case, program, strict):
-        command = '%s -IS %s' % (sys.executable, program)
-        return run.verdict(case, command, strict, ENVIRONMENT)[0]
-
-    def reason_to_skip(self, mutant, refused):
+    def reason_to_skip(self, mutant):
         """Return why this machine cannot run a mutant, or ''."""
-        if refused:
-            return refused
+        if self.refused:
+            return self.refused
         if '--root' in mutant.options and files.new_user()[0] == 0:
             return 'only root can tell owners apart'
         case = self.known.get(mutant.case)
         return run.impossible(case) if case else ''
 
+    def make(self, mutant):
+        """Write the program of a mutant; return its path. Raise BadMutant if that cannot be."""
+        if mutant.case not in self.known:
+            raise BadMutant('there is no case %s' % mutant.case)
+        source = source_of(mutant, self.source)
+        program = os.path.join(self.folder, mutant.name + '.py')
+        with open(program, 'w', encoding='utf-8') as file:
+            file.write(source)
+        return program
 
-def tell(number, mutant, result, show):
-    """Print what came of a mutant; return whether it is caught."""
-    told = '%d %s: %s (%s)' % (number, mutant.name, mutant.why, mutant.case)
-    try:
-        found = result()
-        problem = '' if found else 'the case passes'
-    except BadMutant as error:
-        found, problem = [], str(error)
-    print('%s %s' % ('not ok' if problem else 'ok', told), flush=True)
-    for line in [problem] * bool(problem) + found * show:
-        print('# ' + line.replace('\n', '\n# '), flush=True)
-    return not problem
+    def run(self, mutant, program):
+        """Run a program for the case of a mutant, as soon as there is room for it."""
+        case, strict = self.known[mutant.case], '--strict' in mutant.options
+        command = '%s -IS %s' % (sys.executable, program)
+        pool = self.waiting if run.waits(case) else self.busy
+        return pool.submit(lambda: run.verdict(case, command, strict, ENVIRONMENT)[0])
+
+    def try_all(self, mutants):
+        """Yield each mutant with what is wrong with it, if anything, and what its case finds."""
+        runs, originals = [], {}
+        for mutant in mutants:
+            try:
+                changed = self.run(mutant, self.make(mutant))
+            except BadMutant as error:
+                yield mutant, str(error), []
+                continue
+            key = mutant.case, '--strict' in mutant.options
+            if key not in originals:
+                originals[key] = self.run(mutant, SCRIPT)
+            runs.append((mutant, originals[key], changed))
+        for mutant, original, changed in runs:
+            yield (mutant, *self.outcome(original.result(), changed.result()))
+
+    @staticmethod
+    def outcome(original, changed):
+        if original:
+            return 'the script itself fails the case', original
+        return '' if changed else 'the case passes', changed
 
 
-def check(mutants, show):
-    """Run the mutants, and print what came of them; return whether all are caught or skipped."""
-    refused = sandbox.refusal()
+class Report:
+    """Prints TAP, a line a mutant."""
+
+    def __init__(self, count, show):
+        print('1..%d' % count, flush=True)
+        self.number, self.show, self.good = 0, show, True
+
+    def tell(self, what, problem, details=()):
+        self.number += 1
+        self.good = self.good and not problem
+        lines = ['%s %d %s' % ('not ok' if problem else 'ok', self.number, what)]
+        details = list(details) if problem or self.show else []
+        for detail in [problem] * bool(problem) + details:
+            lines += ['# ' + line for line in detail.split('\n')]
+        print('\n'.join(lines), flush=True)
+
+    def tell_mutant(self, mutant, problem, found):
+        what = '%s: %s (%s: %s)' % (mutant.name, mutant.why, mutant.rule, mutant.case)
+        self.tell(what, problem, found)
+
+
+def check(mutants, report):
+    """Run the mutants, and print what came of them."""
     run.LIMIT = LIMIT
+    refused = sandbox.refusal()  # before the folder: it is in the sandbox
     with tempfile.TemporaryDirectory() as folder:
-        checker = Checker(folder)
-        skipped = [checker.reason_to_skip(mutant, refused) for mutant in mutants]
-        results = [
-            None if reason else checker.start(mutant) for mutant, reason in zip(mutants, skipped)
-        ]
-        good = True
-        for number, (mutant, reason, result) in enumerate(zip(mutants, skipped, results), 1):
+        checker = Checker(folder, refused)
+        possible, again = [], []
+        for mutant in mutants:
+            reason = checker.reason_to_skip(mutant)
             if reason:
-                print('ok %d %s # skip %s' % (number, mutant.name, reason), flush=True)
-            elif not tell(number, mutant, result, show):
-                good = False
-    return good
+                report.tell('%s # skip %s' % (mutant.name, reason), '')
+            else:
+                possible.append(mutant)
+        for mutant, problem, found in checker.try_all(possible):
+            if problem:
+                again.append(mutant)  # the machine may have been too busy to keep the time limits
+            else:
+                report.tell_mutant(mutant, problem, found)
+        for mutant in again:
+            for result in checker.try_all([mutant]):
+                report.tell_mutant(*result)
 
 
 def main():
@@ -211,12 +230,16 @@ def main():
     parser.add_argument('--show', action='store_true')
     parser.add_argument('text', nargs='?', default='', metavar='TEXT')
     options = parser.parse_args()
-    mutants = read_table(TABLE.read_text(encoding='utf-8'))
+    table = TABLE.read_text(encoding='utf-8')
+    mutants = read_table(table)
     if len(mutants) < FEWEST:
         sys.exit('%s: %d mutants; there were %d' % (TABLE.name, len(mutants), FEWEST))
-    mutants = [each for each in mutants if options.text in each.name + ' ' + each.case]
-    print('1..%d' % len(mutants), flush=True)
-    sys.exit(0 if check(mutants, options.show) else 1)
+    chosen = [each for each in mutants if options.text in '%s %s' % (each.name, each.case)]
+    report = Report(len(chosen) + 1, options.show)
+    check(chosen, report)
+    wrong = list(wrong_rules(mutants, table))
+    report.tell('each rule of the contract has its mutant', ', '.join(wrong))
+    sys.exit(0 if report.good else 1)
 
 
 if __name__ == '__main__':

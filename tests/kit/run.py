@@ -205,7 +205,11 @@ def verdict(case, program, strict, environment=None):
 
 def impossible(case):
     """Why the case cannot be run on this machine, or nothing."""
-    return sandbox.without_roots() if case.before is not None else ''
+    if case.before is None:
+        return ''
+    if files.new_user()[0] == 0 and any(file.owner for file in case.before.values()):
+        return 'only root can give a file to another user'
+    return sandbox.without_roots()
 
 
 def waits(case):

@@ -40,6 +40,9 @@ conformance: ## run the cases with another program IMPL='./my-port --flag'
 fuzz: ## compare both scripts with an XML library [SEED=1 N=400]
 	@python3 tests/checks/fuzz.py $(SEED) $(N)
 
+exhaustive: ## compare both scripts with an XML library on every sequence of tokens, in 10 minutes
+	@python3 tests/checks/exhaustive.py
+
 bench: ## measure what a run costs, in 3 minutes
 	@python3 tests/bench/bench.py
 
@@ -133,4 +136,4 @@ rm -f '$(UNIT)' '$(UNIT).d/steps.conf' $(foreach name,$(notdir $(DROP_INS)),'$(U
 @rmdir '$(UNIT).d' 2>/dev/null || :
 endef
 
-.PHONY: help demo test boot-test test-matrix conformance fuzz bench install check-install uninstall
+.PHONY: help demo test boot-test test-matrix conformance fuzz exhaustive bench install check-install uninstall

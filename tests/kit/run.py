@@ -207,7 +207,7 @@ def impossible(case):
     """Why the case cannot be run on this machine, or nothing."""
     if case.before is None:
         return ''
-    if files.new_user()[0] == 0 and any(file.owner for file in case.before.values()):
+    if files.new_user()[0] == 0 and any(file.owner is not None for file in case.before.values()):
         return 'only root can give a file to another user'
     return sandbox.without_roots()
 

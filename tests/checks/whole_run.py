@@ -102,14 +102,17 @@ def answers(**others):
 
 
 class Machine:
-    """A machine of a first boot: a root file system of its own, in a folder that goes with it."""
+    """A machine of a first boot: a root file system of its own, in a folder that goes with it.
 
-    def __init__(self, image_files):
+    stubs: the commands that fault-stub stands before; all, if none are named.
+    """
+
+    def __init__(self, image_files, stubs=None):
         self.folder = tempfile.mkdtemp()
         self.root = os.path.join(self.folder, 'root')
         files.put(self.root, image_files)
         files.write(os.path.join(self.folder, 'commands'), b'')
-        self.stubs = link_stubs(os.path.join(self.folder, 'stubs'))
+        self.stubs = link_stubs(os.path.join(self.folder, 'stubs'), stubs or commands())
         self.runs = 0
 
     def __enter__(self):
@@ -174,13 +177,18 @@ class Machine:
         }
 
 
-def link_stubs(folder):
-    """Fill a folder with links to fault-stub, one for each command on PATH; return it."""
-    os.mkdir(folder)
+def commands():
+    """The names of all commands on PATH, and of those that the kit has stubs for."""
     found = set(os.listdir(sandbox.STUBS))
-    for each in filter(os.path.isdir, os.environ['PATH'].split(':')):
-        found.update(os.listdir(each))
-    for name in found:
+    for folder in filter(os.path.isdir, os.environ['PATH'].split(':')):
+        found.update(os.listdir(folder))
+    return found
+
+
+def link_stubs(folder, names):
+    """Fill a folder with links to fault-stub; return it."""
+    os.mkdir(folder)
+    for name in names:
         os.symlink(sandbox.reachable(str(FAULT_STUB)), os.path.join(folder, name))
     return folder
 

@@ -135,7 +135,7 @@ class Checker:
         if self.refused:
             return self.refused
         if '--root' in mutant.options and files.new_user()[0] == 0:
-            return 'only root can tell owners apart'
+            return "only root's run has users with other numbers than 0"
         case = self.known.get(mutant.case)
         return run.impossible(case) if case else ''
 

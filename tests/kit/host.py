@@ -38,7 +38,7 @@ ENDLESS = {  # a head, and what follows again and again
     'endless-chunks': (b'Transfer-Encoding: chunked\r\n', b'10000\r\n' + BLOCK + b'\r\n'),
     'gigabyte': (b'Content-Length: 1073741824\r\n', BLOCK),
 }
-FAULTS = ('silent', 'close', 'reset', 'drip', *ENDLESS)
+FAULTS = ('silent', 'close', 'reset', 'drip', 'drip-head', *ENDLESS)
 LONGEST = 60  # seconds that a fault goes on, should nobody hang up
 MOST = 64 << 20  # bytes that an endless reply sends, should nobody hang up
 
@@ -216,16 +216,18 @@ class Host:
         elif word == 'reset':
             self.reset(connection)
         elif word == 'drip':
-            self.drip(connection)
+            self.drip(connection, b'Content-Length: 1000\r\n\r\n')
+        elif word == 'drip-head':
+            self.drip(connection, b'Date: ')
         elif word in ENDLESS:
             head, block = ENDLESS[word]
             connection.sendall(b'HTTP/1.1 200 OK\r\n' + head + b'\r\n')
             for _ in range(MOST // len(block)):
                 connection.sendall(block)
 
-    def drip(self, connection):
-        """A byte a second."""
-        connection.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n')
+    def drip(self, connection, head):
+        """A byte a second behind a head, or behind a part of one."""
+        connection.sendall(b'HTTP/1.1 200 OK\r\n' + head)
         for _ in range(LONGEST):
             connection.sendall(b'<')
             if self.ended.wait(1):

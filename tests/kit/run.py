@@ -217,7 +217,9 @@ def waits(case):
     faults = [
         answer.data for given in case.answers.values() for answer in given if answer.kind == 'fault'
     ]
-    return 'silent' in faults or 'drip' in faults or any('waits' in each for each in case.expected)
+    return any(word in faults for word in ('silent', 'drip', 'drip-head')) or any(
+        'waits' in each for each in case.expected
+    )
 
 
 class Runner:

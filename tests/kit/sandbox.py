@@ -28,6 +28,7 @@ NAMESPACES = 0x00020000 | 0x40000000 | 0x04000000 | 0x08000000  # mounts, networ
 USERS = 0x10000000
 READ_ONLY, REMOUNT, BIND, RECURSIVE, PRIVATE = 1, 32, 4096, 16384, 1 << 18
 STRICT_TIMES = 1 << 24
+UP, REJECT = 1, 0x200  # flags of a route
 FLAGS = {1: 1, 2: 2, 4: 4, 8: 8, 1024: 1024, 2048: 2048, 4096: 1 << 21}  # of statvfs -> of mount
 WRITABLE = (
     '/dev/shm',
@@ -235,13 +236,24 @@ def without_roots():
 
 @functools.lru_cache(maxsize=None)
 def default_route():
-    """Have a default route, by lo: what /proc says of routes cannot be a file of a root."""
-    device = ctypes.create_string_buffer(b'lo')
-    anywhere = struct.pack('H14x', socket.AF_INET)
+    """Have a default route, by lo: what /proc says of routes cannot be a file of a root.
+
+    Of the others, which lead nowhere, none is the first default route: one of half of all addresses
+    stands before it, and a default route with a greater metric behind it.
+    """
+    add_route(UP, device=b'lo')
+    add_route(UP | REJECT, mask=b'\x80\0\0\0')
+    add_route(UP | REJECT, metric=9)
+
+
+def add_route(flags, mask=b'\0\0\0\0', metric=0, device=b''):
+    """Add a route to 0.0.0.0 with a mask."""
+    name = ctypes.create_string_buffer(device)
+    anywhere, mask = (struct.pack('H2x4s8x', socket.AF_INET, each) for each in (bytes(4), mask))
     route = struct.pack(
         'L16s16s16sHhLPhPLLH',
-        *(0, anywhere, bytes(16), anywhere, 1, 0, 0, 0, 0),  # 1: RTF_UP
-        *(ctypes.addressof(device), 0, 0, 0),
+        *(0, anywhere, bytes(16), mask, flags, 0, 0, 0, metric),
+        *(ctypes.addressof(name) if device else 0, 0, 0, 0),
     )
     with socket.socket() as control, contextlib.suppress(FileExistsError):
         fcntl.ioctl(control, 0x890B, route)  # SIOCADDRT

@@ -1,45 +1,46 @@
 #!/usr/bin/env python3
-"""Hold the two scripts against the cases everywhere: python3 tests/checks/matrix.py [TEXT]
+"""Run the cases with other interpreters, programs and environments: python3 tests/checks/matrix.py
+[TEXT]
 
-A configuration is an interpreter, a set of programs on PATH, or an environment; TEXT chooses those
-that have it in their name. What fails in one for a reason stands in expected-failures; whatever
-else fails, fails the configuration. Prints a line for each, in TAP; one whose interpreter or
-program is not on this machine is skipped. Exit status: 0, 1.
+Each of these is a configuration. TEXT selects those that have it in their name. A case that fails
+in one for a reason stands in expected-failures, with the reason. What else fails, and what passes
+though it stands there, fails the configuration. Prints TAP, a line for each; a configuration whose
+interpreter or program is not on this machine is skipped. Exit status: 0 none failed, 1 some did.
 """
 
-import fnmatch
+import collections
 import glob
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 
 import kit_path  # noqa: F401  before the modules of the kit
 import cases
 import run
 import sandbox
-from tap import Skipped, tell
+from tap import Skipped, measured, tell
 
 PY, SH = run.OURS
 EXPECTED_FAILURES = pathlib.Path(__file__).resolve().parent / 'expected-failures'
+ENTRY = re.compile('(?P<configuration>[^:]+): (?P<case>[^ ]+)(?P<sometimes> sometimes)?')
 SHOWN = 3  # failures that are shown with what differs
-# what each shell needs, where it is not built in
-BASICS = ['sleep', 'mv', 'rm', 'printf', 'mkdir', 'chmod', 'cat']
-# what user, password and data need beside that
-STEPS = ['awk', 'base64', 'chown', 'date', 'grep', 'head', 'sed', 'tr']
+# What the shell script has to find on PATH, beside curl or wget
+DEFAULT_STEPS = ['chmod', 'mkdir', 'mv', 'rm', 'sleep']
+OTHER_STEPS = ['base64', 'cat', 'chown', 'cp', 'date', 'ls', 'readlink', 'tr']
+WGET = ['wget', 'head', 'timeout']
 ROGUE = """echo rogue
 alias command=false printf=false sleep=false curl=false
 exit 99
 """
+BUSYBOX = ['busybox', 'ash']
 LOCALES = ['tr_TR.UTF-8', 'ja_JP.EUC-JP', 'de_DE.ISO-8859-1']
-ALL = ['*']
-SOME = [
-    'runs/*',
-    'hostnames/*',
-    'command-line/*',
-]  # where the interpreter is that of another configuration
+FAMILIES = sorted(path.name for path in cases.CASES.iterdir() if path.is_dir())
+SOME = ['command-line', 'hostnames', 'runs']  # where the interpreter is that of other ones
 
 
 def need(program):
@@ -64,10 +65,10 @@ def python(minor):
     raise Skipped('no %s here' % name)
 
 
-def shell(command, *options, path=None):
-    """A shell and its script, with nothing else on PATH than what is named, if anything is."""
-    environment = {'PATH': folder_of(path)} if path else {}
-    return [' '.join((need(command),) + options + (SH,))], environment
+def shell(words, programs=None):
+    """A shell and its script, with nothing else on PATH than these programs, if any are named."""
+    environment = {'PATH': folder_of(programs)} if programs else {}
+    return [' '.join([need(words[0])] + words[1:] + [SH])], environment
 
 
 def folder_of(programs):
@@ -149,49 +150,83 @@ def locale(name):
     return run.OURS, {'LOCPATH': folder, 'LANG': name, 'LC_ALL': name}
 
 
-CONFIGURATIONS = (
-    [('Python 3.%d' % minor, ALL, python, [minor], {}) for minor in range(6, 14)]
-    + [
-        ('bash', ALL, shell, ['bash'], {}),
-        ('bash --posix', ALL, shell, ['bash', '--posix'], {}),
-        ('dash', ALL, shell, ['dash'], {}),
-        ('mksh', ALL, shell, ['mksh'], {}),
-        ('yash', ALL, shell, ['yash'], {}),
-        ('zsh as sh', ALL, shell, ['zsh', '--emulate', 'sh'], {}),
-        ('BusyBox and curl', ALL, shell, ['busybox', 'ash'], {'path': ['applets', 'curl']}),
-        ('BusyBox alone', ALL, shell, ['busybox', 'ash'], {'path': ['applets']}),
-        ('GNU wget', ALL, shell, ['dash'], {'path': BASICS + STEPS + ['wget', 'timeout']}),
-        ('curl and the basics', SOME, shell, ['dash'], {'path': BASICS + ['curl']}),
-        ('a closed stdin', SOME, no_stdin, [], {}),
-        ('a relative path', SOME, relative_path, [], {}),
-        ('another name', SOME, other_name, [], {}),
-        ('a hostile environment', SOME, hostile_environment, [], {}),
-    ]
-    + [(name, SOME, locale, [name], {}) for name in LOCALES]
-)
+# name: what is in the expected failures, and in the output
+# families: of cases
+# make, arguments: a function that returns the programs and an environment
+# at_once: how many runs are started at once
+Configuration = collections.namedtuple('Configuration', 'name families make arguments at_once')
 
 
-def expected_failures(name):
-    """The cases that fail in a configuration, for the reason that stands there."""
-    lines = EXPECTED_FAILURES.read_text().splitlines()
-    entries = [line.split(': ', 1) for line in lines if line and not line.startswith('#')]
-    return {case for configuration, case in entries if configuration == name}
+def configuration(name, families, make, *arguments, at_once=run.BUSY):
+    return Configuration(name, families, make, arguments, at_once)
 
 
-def hold(name, part, make, arguments, options):
-    """Hold what a configuration makes against its part of the cases."""
-    programs, environment = make(*arguments, **options)
-    found, common = cases.find()
-    found = [case for case in found if any(fnmatch.fnmatch(case.name, each) for each in part)]
-    expected = expected_failures(name)
-    assert expected <= {case.name for case in found}, 'no such cases in expected-failures'
-    found = [case for case in found if not run.impossible(case)]
+def python_configurations():
+    """The oldest and the newest Python run all families, each of those between a third of them."""
+    found = [configuration('Python 3.%d' % minor, FAMILIES, python, minor) for minor in (6, 13)]
+    for minor in range(7, 13):
+        found.append(configuration('Python 3.%d' % minor, FAMILIES[minor % 3 :: 3], python, minor))
+    return found
+
+
+CONFIGURATIONS = [
+    *python_configurations(),
+    configuration('bash', FAMILIES, shell, ['bash']),
+    configuration('bash --posix', SOME, shell, ['bash', '--posix']),
+    configuration('dash', FAMILIES, shell, ['dash']),
+    configuration('mksh', FAMILIES, shell, ['mksh']),
+    configuration('yash', FAMILIES, shell, ['yash']),
+    configuration('zsh as sh', FAMILIES, shell, ['zsh', '--emulate', 'sh']),
+    configuration('BusyBox and curl', FAMILIES, shell, BUSYBOX, ['applets', 'curl']),
+    # BusyBox's timeout waits for up to a second.
+    configuration('BusyBox alone', FAMILIES, shell, BUSYBOX, ['applets'], at_once=run.WAITING),
+    configuration('GNU wget', FAMILIES, shell, ['dash'], DEFAULT_STEPS + OTHER_STEPS + WGET),
+    configuration('curl and little else', SOME, shell, ['dash'], DEFAULT_STEPS + ['curl']),
+    configuration('a closed stdin', SOME, no_stdin),
+    configuration('a relative path', SOME, relative_path),
+    configuration('another name', SOME, other_name),
+    configuration('a hostile environment', SOME, hostile_environment),
+    *(configuration(name, SOME, locale, name) for name in LOCALES),
+]
+
+
+def expected_failures():
+    """Return the entries of expected-failures: configuration, case, and whether it may pass."""
+    found = {}
+    has_reason = False
+    for line in EXPECTED_FAILURES.read_text().splitlines():
+        if not line or line.startswith('#'):
+            has_reason = bool(line)
+            continue
+        entry = ENTRY.fullmatch(line)
+        assert entry and has_reason, 'expected-failures: not in order: %s' % line
+        found[entry.group('configuration'), entry.group('case')] = bool(entry.group('sometimes'))
+    return found
+
+
+def check_expected_failures(found):
+    """Each entry has a reason, and names a configuration and a case that are there."""
+    names = {case.name for case in found}
+    for name, case in expected_failures():
+        families = [each.families for each in CONFIGURATIONS if each.name == name]
+        assert families, 'expected-failures: no such configuration: %s' % name
+        is_known = case in names and case.split('/')[0] in families[0]
+        assert is_known, 'expected-failures: no such case: %s: %s' % (name, case)
+
+
+def hold(configuration, found, common):
+    """Run the cases in a configuration."""
+    programs, environment = configuration.make(*configuration.arguments)
+    entries = expected_failures()
+    run.BUSY = configuration.at_once
     runner = run.Runner(found, common, programs, True, environment)
-    failed = {
-        case.name: lines
-        for _, case, lines in runner.results()
-        if lines and case.name not in expected
-    }
+    failed = {}
+    for _, case, differences in runner.results():
+        is_expected = (configuration.name, case.name) in entries
+        if differences and not is_expected:
+            failed[case.name] = differences
+        elif is_expected and not differences and not entries[configuration.name, case.name]:
+            failed[case.name] = ['passed, though it stands in expected-failures']
     failed.update(runner.other_usages())
     shown = [
         case + ('\n' + '\n'.join(lines) if number < SHOWN else '')
@@ -201,17 +236,24 @@ def hold(name, part, make, arguments, options):
 
 
 def main():
-    chosen = [each for each in CONFIGURATIONS if ''.join(sys.argv[1:]) in each[0]]
-    print('1..%d' % len(chosen), flush=True)
+    chosen = [each for each in CONFIGURATIONS if ''.join(sys.argv[1:]) in each.name]
+    print('1..%d' % (1 + len(chosen)), flush=True)
+    found, common = cases.find()
+    passed = [tell('each expected failure is one', check_expected_failures, found)]
     refused = sandbox.refusal()
     if refused:
-        for name, *_ in chosen:
-            print('ok %s # skip %s' % (name, refused))
-        return
-    skipped = [case for case in cases.find()[0] if run.impossible(case)]
+        for each in chosen:
+            print('ok %s # skip %s' % (each.name, refused))
+        sys.exit(0 if all(passed) else 1)
+    skipped = [case for case in found if run.impossible(case)]
     if skipped:
         print('# without %d cases: %s' % (len(skipped), run.impossible(skipped[0])))
-    passed = [tell(each[0], hold, *each) for each in chosen]
+    for each in chosen:
+        part = [case for case in found if case.name.split('/')[0] in each.families]
+        part = [case for case in part if not run.impossible(case)]
+        started = time.monotonic()
+        passed.append(tell(each.name, hold, each, part, common))
+        measured('%d cases, %.0f s', len(part), time.monotonic() - started)
     sys.exit(0 if all(passed) else 1)
 
 

@@ -538,8 +538,12 @@ def find_text(root, path):
 
 def squeeze(text):
     """Return a text without white space at its ends, and with one space for each run of it."""
-    words = re.findall(f'[^{SPACE}]+', text)
-    return ' '.join(words)
+    return ' '.join(split_words(text))
+
+
+def split_words(text):
+    """Return the words of a text. str.split would also split at other characters than SPACE."""
+    return re.findall(f'[^{SPACE}]+', text)
 
 
 def is_number(text):
@@ -651,6 +655,7 @@ def report_not_ready(reason):
     now = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
     agent = f'azure-provisioning/{VERSION}'
     text = f'result=error|reason={reason}|agent={agent}|vm_id={read_vm_id()}|timestamp={now}'
+    text = os.fsencode(text).decode(BYTE_ENCODING)  # one character for each byte
     description = re.sub('[^ -~]', ' ', text[:512])  # ' ' to '~': ASCII that can be printed
     description = re.sub('[&<>]', ' ', description)
     details = (
@@ -743,7 +748,7 @@ def is_user_name(text):
 
 def request_keys():
     """Return the user's valid SSH keys. Raise Failed if there is neither a key nor a password."""
-    names = squeeze(retry('user', request_leaf, 'publicKeys', optional=True)).split()
+    names = split_words(retry('user', request_leaf, 'publicKeys', optional=True))
     keys = []
     for number, name in enumerate(names):  # 0/ 1/ 2/ and so on
         if name not in (f'{number}/', str(number)) or number > 99:

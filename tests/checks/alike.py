@@ -26,6 +26,7 @@ ONLY_PYTHON = {
     'StrictResponse': 'curl or wget does it',
     'find_text': 'take_goal_state and take_ovf are given each text',
     'label_of': 'the shell has ${leaf##*/}',
+    'split_words': 'the shell has IFS',
 }
 ONLY_SHELL = {
     'fail': 'Python has raise Failed',

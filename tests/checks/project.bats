@@ -9,6 +9,7 @@ setup_file() {
 
 setup() {
     cd "$BATS_TEST_DIRNAME/../.." || exit
+    unset MAKEFLAGS MAKELEVEL MFLAGS # of `make test`: make would say which folder it enters
     folder=$BATS_TEST_TMPDIR
 }
 

@@ -28,6 +28,12 @@ demo: ## show a first boot with a fake server [IMPL=py|sh]
 test: ## run the tests that each commit must pass, in three minutes
 	@tests/test $(PARTS)
 
+test-all: ## run all tests, as root, in an hour at most
+	@tests/test main faults boot matrix
+
+fault-test: ## disturb runs: power cuts, kills, copies at once, in 10 minutes
+	@tests/test faults
+
 boot-test: ## boot with systemd, OpenRC and real kernels, as root, in 25 minutes
 	@tests/test boot
 
@@ -136,4 +142,4 @@ rm -f '$(UNIT)' '$(UNIT).d/steps.conf' $(foreach name,$(notdir $(DROP_INS)),'$(U
 @rmdir '$(UNIT).d' 2>/dev/null || :
 endef
 
-.PHONY: help demo test boot-test test-matrix conformance fuzz exhaustive bench install check-install uninstall
+.PHONY: help demo test test-all fault-test boot-test test-matrix conformance fuzz exhaustive bench install check-install uninstall

@@ -868,7 +868,7 @@ def make_ssh_folder(account, folder):
     must_run(folder, 'mkdir', '-p', folder)
     must_run(folder, 'chown', '-h', f'{uid}:{gid}', folder)
     must_run(folder, 'chmod', '700', folder)
-    must_run(folder, 'chmod', 'go-w', account.home)
+    must_run(folder, 'chmod', 'u+rwx,go-w', account.home)
 
 
 def make_home(account):

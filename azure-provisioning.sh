@@ -1065,7 +1065,7 @@ make_ssh_folder() {
     must_run "$folder" mkdir -p "$folder" || return
     must_run "$folder" chown -h "$uid:$gid" "$folder" || return
     must_run "$folder" chmod 700 "$folder" || return
-    must_run "$folder" chmod go-w "$home"
+    must_run "$folder" chmod u+rwx,go-w "$home"
 }
 
 # make_home: make the $home if it is missing. If it is root's, finish it: useradd was interrupted.

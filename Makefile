@@ -25,7 +25,7 @@ help: ## list the targets
 demo: ## show a first boot with a fake server [IMPL=py|sh]
 	@python3 tests/kit/demo.py $(if $(IMPL),'$(IMPL)')
 
-test: ## run the tests that each commit must pass, in three minutes
+test: ## run the tests that each commit must pass, in 3 minutes
 	@tests/test $(PARTS)
 
 test-all: ## run all tests, as root, in an hour at most
@@ -34,10 +34,10 @@ test-all: ## run all tests, as root, in an hour at most
 fault-test: ## disturb runs: power cuts, kills, copies at once, in 10 minutes
 	@tests/test faults
 
-boot-test: ## boot with systemd, OpenRC and real kernels, as root, in 25 minutes
+boot-test: ## boot with systemd, OpenRC and real kernels, as root, in 20 minutes
 	@tests/test boot
 
-test-matrix: ## run the cases in each interpreter, in 20 minutes
+test-matrix: ## run the cases with other interpreters, programs and environments, in 10 minutes
 	@tests/test matrix
 
 conformance: ## run the cases with another program IMPL='./my-port --flag'
@@ -46,7 +46,7 @@ conformance: ## run the cases with another program IMPL='./my-port --flag'
 fuzz: ## compare both scripts with an XML library [SEED=1 N=400]
 	@python3 tests/checks/fuzz.py $(SEED) $(N)
 
-exhaustive: ## compare both scripts with an XML library on every sequence of tokens, in 10 minutes
+exhaustive: ## compare them on every sequence of tokens, in 10 minutes
 	@python3 tests/checks/exhaustive.py
 
 bench: ## measure what a run costs, in 3 minutes

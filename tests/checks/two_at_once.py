@@ -7,6 +7,7 @@ request, so that they do at the same time what comes after it. In some, strace d
 call that replaces a file, so that the other copy comes in between.
 """
 
+import concurrent.futures
 import contextlib
 import os
 import shutil
@@ -21,6 +22,7 @@ from run import OURS
 from tap import Skipped, measured, tell
 from whole_run import Machine, answers, differences, image
 
+CORES = len(os.sched_getaffinity(0))
 MEETINGS = (  # the requests at which both wait for one another
     'adminUsername',
     'publicKeys',
@@ -68,7 +70,8 @@ def both_end_well(program):
         outcome = machine.run(program, host)
         assert outcome.status == 0, outcome
         wanted = machine.state()
-    problems = [problem_of(program, *each, wanted) for each in ROUNDS]
+    with concurrent.futures.ThreadPoolExecutor(CORES) as pool:
+        problems = list(pool.map(lambda each: problem_of(program, *each, wanted), ROUNDS))
     bad = [problem for problem in problems if problem]
     measured('%d of %d rounds are wrong', len(bad), len(ROUNDS))
     assert not bad, ''.join(bad[:MOST_SHOWN])

@@ -278,9 +278,13 @@ def write_file(path, mode, content, owner=None):
         return
     for wait in (1, 1, 0):
         with contextlib.suppress(OSError):
+            if wait == 0:
+                remove_file(f'{path}.new')
             replace_file(path, mode, content, owner)
             return
         time.sleep(wait)  # another copy of this program may be writing the same file
+    with contextlib.suppress(OSError):
+        remove_file(f'{path}.new')
     raise Failed(f'cannot write {path}')
 
 
@@ -290,23 +294,18 @@ def replace_file(path, mode, content, owner):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     if os.path.isdir(path):
         raise IsADirectoryError(path)
-    remove_file(new)
-    try:
-        with open(new, 'xb') as file:
-            file.write(content)
-            if mode is None:
-                former = os.stat(path)
-                mode = stat.S_IMODE(former.st_mode)
-                owner = (former.st_uid, former.st_gid)
-            if owner:
-                os.fchown(file.fileno(), *owner)
-            os.fchmod(file.fileno(), mode)
-        sync(new)  # before the rename, or a power cut could leave an empty file
-        os.replace(new, path)
-        sync(os.path.dirname(path))
-    except OSError:
-        remove_file(new)
-        raise
+    with open(new, 'xb') as file:  # x: it is not there; another copy of this program would lose it
+        file.write(content)
+        if mode is None:
+            former = os.stat(path)
+            mode = stat.S_IMODE(former.st_mode)
+            owner = (former.st_uid, former.st_gid)
+        if owner:
+            os.fchown(file.fileno(), *owner)
+        os.fchmod(file.fileno(), mode)
+    sync(new)  # before the rename, or a power cut could leave an empty file
+    os.replace(new, path)
+    sync(os.path.dirname(path))
 
 
 def sync(path):

@@ -268,12 +268,15 @@ write_file() {
         return
     fi
     for wait in 1 1 0; do
+        if [ $wait = 0 ]; then
+            rm -f "$file.new" 2>/dev/null
+        fi
         if replace_file "$@" 2>/dev/null; then
             return
         fi
-        rm -f "$file.new" 2>/dev/null
         sleep $wait # another copy of this program may be writing the same file
     done
+    rm -f "$file.new" 2>/dev/null
     fail "cannot write $file"
 }
 
@@ -283,9 +286,8 @@ replace_file() {
     if [ -d "$file" ]; then # mv would put the new file into it
         return 1
     fi
-    rm -f "$file.new" || return 1
     (
-        set -C # the file has to be a new one, and no symlink
+        set -C # the file must not be there; another copy of this program would lose it
         "$@" >"$file.new"
     ) || return 1
     if [ -n "$mode" ]; then

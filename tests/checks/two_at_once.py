@@ -33,8 +33,8 @@ MEETINGS = (  # the requests at which both wait for one another
     'health',
 )
 ROUNDS = [(meeting, is_slow) for is_slow in (False, True) for meeting in (*MEETINGS, '', '', '')]
-SLOW_CALLS = 'chmod,fchmod,fchmodat,rename,renameat,renameat2'
-DELAY = 50000  # microseconds
+SLOW_CALLS = 'write,chmod,fchmod,fchmodat,rename,renameat,renameat2'
+DELAY = 30000  # microseconds
 MOST_SHOWN = 3  # rounds that went wrong
 PATIENCE = 10  # seconds that a request waits for that of the other copy
 BOTH = """

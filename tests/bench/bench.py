@@ -78,14 +78,6 @@ COUNT = [
 ]
 
 DOCUMENT = good()['goalstate'][0].data
-SHAPES = {  # what may fill a goal state, number by number
-    'elements': ('', '<E><F>%d</F></E>\n', ''),
-    'one long text': ('<E>', 'text %d ', '</E>'),
-    'many short lines': ('<E>', '%d\n', '</E>'),
-    'attributes': ('<E', ' a%d="x"', '/>'),
-    'depth': ('', '<E>', ''),
-}
-
 Run = collections.namedtuple('Run', 'status cpu wall memory said requests connections sent wrote')
 targets = []
 
@@ -286,16 +278,37 @@ def first_boot():
     return {name: runs[name] for name in PROGRAMS}
 
 
+def repeated(each, room):
+    """A text with a number in it, again and again, cut where it ends in the same character."""
+    text = ''.join(each % number for number in range(room // len(each)))
+    return text[: text.rindex(each[-1], 0, room) + 1]
+
+
+def tags_with_attributes(room):
+    """A tag of more than 1,000 bytes need not be taken."""
+    tag = '<E%s/>' % ''.join(' a%02d="x"' % number for number in range(100))
+    return tag * (room // len(tag))
+
+
+def deep_elements(room):
+    """An element that is nested more deeply than 1,000 levels need not be taken."""
+    element = '<E>' * 1000 + '</E>' * 1000
+    return element * (room // len(element))
+
+
+SHAPES = {  # what may fill a goal state, by the bytes that there is room for
+    'elements': lambda room: repeated('<E><F>%d</F></E>\n', room),
+    'one long text': lambda room: '<E>%s</E>' % repeated('text %d ', room - len('<E></E>')),
+    'many short lines': lambda room: '<E>%s</E>' % repeated('%d\n', room - len('<E></E>')),
+    'attributes': tags_with_attributes,
+    'depth': deep_elements,
+}
+
+
 def grown(shape, size):
     """The platform's goal state, with more in it, so that it has that many bytes."""
-    start, each, end = SHAPES[shape]
-    room = size - len(DOCUMENT) - len(start + end)
-    if shape == 'depth':
-        depth = room // len('<E></E>')
-        filling = '<E>' * depth + '</E>' * depth
-    else:
-        numbered = ''.join(each.replace('%d', str(number)) for number in range(room // len(each)))
-        filling = start + numbered[: numbered.rindex(each[-1], 0, room) + 1] + end
+    room = size - len(DOCUMENT)
+    filling = SHAPES[shape](room).ljust(room)
     return DOCUMENT.replace(b'<Machine>', filling.encode() + b'<Machine>', 1)
 
 
@@ -306,7 +319,7 @@ def large_goal_states():
     for shape in SHAPES:
         for size in sizes:
             document = grown(shape, size)
-            assert size - 64 < len(document) <= size
+            assert len(document) == size
             subjects.update(
                 ((name, shape, size), (command, good(goalstate=[Answer('body', document)])))
                 for name, command in PROGRAMS.items()

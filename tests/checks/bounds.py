@@ -123,7 +123,7 @@ def refused_attempts(program):
             universal_newlines=True,
         )
         with limited(process), process.stderr:
-            assert_no_growth(growth(process, REFUSED_FIRST, REFUSED_ATTEMPTS - 1))
+            assert_no_growth(growth(process, REFUSED_FIRST, REFUSED_ATTEMPTS // 2))
 
 
 def silent_attempts(program):

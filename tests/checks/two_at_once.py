@@ -34,7 +34,7 @@ MEETINGS = (  # the requests at which both wait for one another
 )
 ROUNDS = [(meeting, is_slow) for is_slow in (False, True) for meeting in (*MEETINGS, '', '', '')]
 SLOW_CALLS = 'write,chmod,fchmod,fchmodat,rename,renameat,renameat2'
-DELAY = 30000  # microseconds
+DELAY = 10000  # microseconds
 MOST_SHOWN = 3  # rounds that went wrong
 PATIENCE = 10  # seconds that a request waits for that of the other copy
 BOTH = """
@@ -99,7 +99,7 @@ def problem_of(program, meeting, is_slow, wanted):
         problem = differences(wanted, machine.state())
         posts = b''.join(request.body for request in host.requests)
     if '0' not in statuses or set(statuses) - {'0', '1'}:
-        problem += 'exit statuses: %s\n' % outcome.stdout
+        problem += 'exit statuses: %s%s\n' % (outcome.stdout, outcome.stderr)
     for status, lines in zip(statuses, said):
         if status != '0' and not lines:
             problem += 'one fails without a word\n'

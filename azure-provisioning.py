@@ -1343,13 +1343,13 @@ def tell_server(client, interface, name):
 
 
 def renew(lease, *command):
-    """Run a command that only asks for a new lease; return whether it comes within 10 seconds."""
+    """Run a command that only asks for a new lease; return whether it comes within 5 seconds."""
     old = identify(lease)
     if not run(*command):
         return False
     if settings.dry_run:
         return True
-    for _ in range(10):
+    for _ in range(5):
         if identify(lease) not in ('', old):
             return True
         time.sleep(1)

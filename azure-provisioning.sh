@@ -1681,7 +1681,7 @@ tell_server() {
 }
 
 # renew LEASE COMMAND [ARGUMENT]...: run a command that only asks for a new lease; returns whether
-# it comes within 10 seconds
+# it comes within 5 seconds
 renew() {
     local lease="$1" old second
     shift
@@ -1691,7 +1691,7 @@ renew() {
     if [ -n "$DRY_RUN" ]; then
         return
     fi
-    for second in 1 2 3 4 5 6 7 8 9 10; do
+    for second in 1 2 3 4 5; do
         identify "$lease"
         if [ -n "$value" ] && [ "$value" != "$old" ]; then
             return

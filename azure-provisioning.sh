@@ -4,7 +4,8 @@
 #
 # Arguments, settings and exit statuses: see USAGE. Errors: a step that fails says so on stderr.
 # Needs sleep, and curl; or wget, with timeout, head and tr. If hostnamectl fails, it needs chmod,
-# hostname, mkdir, mv, rm and sync. The other steps also need base64, chown, cp, date, ls, sed, tr.
+# hostname, mkdir, mv, rm and sync. The other steps also need base64, chown, cp, date, ls, sed, tr;
+# publish needs cat, grep, ls, sed and uname.
 # Sources: https://learn.microsoft.com/azure/virtual-machines/linux/no-agent for the WireServer,
 # .../linux/provisioning for the DVD, .../instance-metadata-service for IMDS.
 #
@@ -1574,7 +1575,7 @@ publish_hostname() {
     [ -n "$interface" ] || fail 'no default route' || return
     find_client
     [ -n "$client" ] || fail "no known DHCP client has $interface" || return
-    name=$(uname -n)
+    name=$(uname -n) || return
     if ! tell_server; then
         sleep 1
         tell_server ||

@@ -9,6 +9,7 @@ were skipped, 1. Needs root, systemd and iproute2, and in TREE dnsmasq and all f
 """
 
 import re
+import signal
 import subprocess
 import threading
 
@@ -68,7 +69,7 @@ class Server:
     """A DHCP server behind the card `client`: notes what it gave to which name."""
 
     def __init__(self, tree):
-        self.tree, self.names, self.leases = tree, {}, []
+        self.tree, self.names, self.leases, self.silent = tree, {}, [], False
 
     def __enter__(self):
         command = ['unshare', '--net', 'sh', '-c', SERVER, 'sh', self.tree]
@@ -89,14 +90,15 @@ class Server:
         return self
 
     def __exit__(self, *_):
-        self.stop()
+        self.process.kill()
+        self.process.wait()
         self.thread.join()
         subprocess.run(['ip', 'link', 'delete', 'client'], stderr=subprocess.DEVNULL)
 
     def stop(self):
-        """Have the server fall silent."""
-        self.process.kill()
-        self.process.wait()
+        """Have the server fall silent. If it ended, the card would go, too."""
+        self.process.send_signal(signal.SIGSTOP)
+        self.silent = True
 
     def listen(self):
         for line in self.process.stdout:
@@ -145,7 +147,7 @@ def fails(machine, reason, silent=False):
     with Server(machine.tree) as server, Azure(good(computerName=late)) as host:
 
         def meanwhile(_):
-            if silent and host.requests and server.process.poll() is None:
+            if silent and host.requests and not server.silent:
                 server.stop()
             return False
 
@@ -210,7 +212,7 @@ def udhcpc(machine):
 
 
 def networkd_of_two(machine):
-    """systemd-networkd has the card, NetworkManager runs, dhcpcd left a lease: networkctl is used."""
+    """systemd-networkd has the card, NetworkManager runs: systemd-networkd is asked."""
     has_networkd(machine)
     has_manager(machine, '0')
     machine.write('var/lib/dhcpcd/client.lease', 'of another machine')

@@ -1241,13 +1241,29 @@ def is_base64(text):
 
 
 def publish_hostname():
-    """Have the DHCP client renew the lease of the default route's interface, with the hostname."""
+    """Have the DHCP client of the default route's interface tell its server the hostname.
+
+    No other client is asked. This one is asked twice, as nmcli fails now and then.
+    """
     interface = find_interface()
     if not interface:
         raise Failed('no default route')
-    if not renew_lease(interface):
-        raise Failed(f'no DHCP client renewed the lease of {interface}')
-    say_done(f'Renewed the DHCP lease of {interface}')
+    client = find_client(interface)
+    if not client:
+        raise Failed(f'no known DHCP client has {interface}')
+    name = os.uname().nodename
+    told = tell_server(client, interface, name)
+    if not told:
+        time.sleep(1)
+        told = tell_server(client, interface, name)
+    if not told:
+        raise Failed(f'{client} did not tell the DHCP server of {interface} the hostname')
+    if client == 'nmcli':
+        say_done(
+            f'nmcli has NetworkManager tell the DHCP server of {interface} the hostname {name}'
+        )
+    else:
+        say_done(f'The DHCP server of {interface} knows the hostname {name}, from {client}')
 
 
 def find_interface():
@@ -1262,24 +1278,123 @@ def find_interface():
     return ''
 
 
-def renew_lease(interface):
-    """Ask the DHCP clients one by one; return whether one renewed the lease."""
-    return (
-        run('networkctl', 'reconfigure', interface)
-        or run('nmcli', 'device', 'reapply', interface)
-        or run('dhcpcd', '-n', interface)
-        or renew_with_dhclient(interface)
-        or run('killall', '-USR1', 'udhcpc')
-    )
+def find_client(interface):
+    """Return the command of the DHCP client that has the interface, '' if none is known to."""
+    if os.path.isfile(networkd_lease(interface)):
+        return 'networkctl'
+    if ask('nmcli', '-g', 'DHCP4.OPTION', 'device', 'show', interface):
+        return 'nmcli'
+    if os.path.isfile(DHCPCD_PID) and os.path.isfile(dhcpcd_lease(interface)):
+        return 'dhcpcd'
+    for client in ('dhclient', 'udhcpc'):
+        if find_process(client, interface):
+            return client
+    return ''
 
 
-def renew_with_dhclient(interface):
-    """Start a dhclient of our own, as the one that runs cannot be told to renew, and end it.
+# That of a dhcpcd for all interfaces. One that was started for a single one takes no hostname.
+DHCPCD_PID = '/run/dhcpcd/pid'
 
-    Its script is /bin/true, so that it leaves the interface as it is.
+
+def dhcpcd_lease(interface):
+    """Return the path of dhcpcd's lease, which stays there when dhcpcd ends."""
+    return f'/var/lib/dhcpcd/{interface}.lease'
+
+
+def networkd_lease(interface):
+    """Return the path of systemd-networkd's lease, which is removed when systemd-networkd ends."""
+    index = ask('cat', f'/sys/class/net/{interface}/ifindex')
+    return f'/run/systemd/netif/leases/{index}'
+
+
+def ask(*command):
+    """Return what a command prints, '' if it fails. It changes nothing."""
+    try:
+        answer = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    except OSError:
+        return ''
+    if answer.returncode != 0:
+        return ''
+    return answer.stdout.decode(BYTE_ENCODING).rstrip('\n')
+
+
+def find_process(client, interface):
+    """Return the first process of a client for the interface: PID COMMAND [ARGUMENT]..., or ''."""
+    pattern = f'^([^ ]*[/ ])?{client} (.* )?{interface}( |$)'
+    return ask('pgrep', '-a', '-f', pattern).split('\n')[0]
+
+
+def tell_server(client, interface, name):
+    """Have the client tell its server the hostname; return whether the server has heard it.
+
+    NetworkManager does not show that. It goes on telling the server until that answers.
     """
-    renewed = run('dhclient', '-1', '-q', '-sf', '/bin/true', interface)
-    return renewed and run('dhclient', '-x', '-q', interface)
+    if client == 'networkctl':
+        return renew(networkd_lease(interface), client, 'reconfigure', interface)
+    if client == 'nmcli':
+        return run(client, 'device', 'modify', interface, 'ipv4.dhcp-hostname', name)
+    if client == 'dhcpcd':
+        return renew(dhcpcd_lease(interface), client, '-n', '-h', name, interface)
+    if client == 'dhclient':
+        return run_second_dhclient(interface)
+    # A second one, as the first one takes no hostname. With /bin/true it changes nothing here.
+    option = f'hostname:{name}'
+    return run(client, '-n', '-q', '-f', '-i', interface, '-x', option, '-s', '/bin/true')
+
+
+def renew(lease, *command):
+    """Run a command that only asks for a new lease; return whether it comes within 5 seconds."""
+    old = identify(lease)
+    if not run(*command):
+        return False
+    if settings.dry_run:
+        return True
+    for _ in range(5):
+        if identify(lease) not in ('', old):
+            return True
+        time.sleep(1)
+    return False
+
+
+def identify(path):
+    """Return a text that is another one once the file has been written anew, '' without a file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ''
+    return f'{status.st_ino} {status.st_mtime_ns}'
+
+
+def run_second_dhclient(interface):
+    """Run a second dhclient, as the one that has the interface cannot be asked, and end it.
+
+    Return whether the server has heard it. It has the arguments of the first one, and its identity,
+    for the same address, but not its lease, which it would take for an answer. With /bin/true it
+    changes nothing here.
+    """
+    words = find_process('dhclient', interface).split(' ')[2:]
+    leases = find_value('-lf', words) or '/var/lib/dhcp/dhclient.leases'
+    configuration = find_value('-cf', words) or '/etc/dhcp/dhclient.conf'
+    if not ask('grep', '-x', 'send host-name = gethostname();', configuration):
+        return False
+    identity = ask('sed', '-n', '/^default-duid /p', leases)
+    second = f'{leases}.second'
+    words = [word for word in words if word not in ('-d', '-nw')]  # it is to wait, and to end
+    words += ['-q', '-sf', '/bin/true', '-pf', f'{second}.pid', '-lf', second]
+    told = False
+    with contextlib.suppress(Failed):  # the step fails all the same
+        write_file(second, 0o600, f'{identity}\n'.encode(BYTE_ENCODING))
+        told = run('dhclient', *words, '-1') and run('dhclient', *words, '-x')
+    run('rm', '-f', second, f'{second}.pid')
+    return told
+
+
+def find_value(option, words):
+    """Return the word behind an option, '' if the option is not there."""
+    for word, following in zip(words, words[1:]):
+        if word == option:
+            return following
+    return ''
 
 
 # ---- Step remember -----------------------------------------------------------------------------

@@ -4,7 +4,8 @@
 #
 # Arguments, settings and exit statuses: see USAGE. Errors: a step that fails says so on stderr.
 # Needs sleep, and curl; or wget, with timeout, head and tr. If hostnamectl fails, it needs chmod,
-# hostname, mkdir, mv, rm and sync. The other steps also need base64, chown, cp, date, ls, sed, tr.
+# hostname, mkdir, mv, rm and sync. The other steps also need base64, chown, cp, date, ls, sed, tr;
+# publish needs cat, grep, ls, sed and uname.
 # Sources: https://learn.microsoft.com/azure/virtual-machines/linux/no-agent for the WireServer,
 # .../linux/provisioning for the DVD, .../instance-metadata-service for IMDS.
 #
@@ -1565,13 +1566,26 @@ decode_base64() {
 
 # ---- Step publish ------------------------------------------------------------------------------
 
-# publish_hostname: have the DHCP client renew the lease of the default route's interface, with the
-# hostname; can fail
+# publish_hostname: have the DHCP client of the default route's interface tell its server the
+# hostname; can fail. No other client is asked. This one is asked twice, as nmcli fails now and
+# then.
 publish_hostname() {
+    local interface client name
     find_interface
     [ -n "$interface" ] || fail 'no default route' || return
-    renew_lease || fail "no DHCP client renewed the lease of $interface" || return
-    say_done "Renewed the DHCP lease of $interface"
+    find_client
+    [ -n "$client" ] || fail "no known DHCP client has $interface" || return
+    name=$(uname -n) || return
+    if ! tell_server; then
+        sleep 1
+        tell_server ||
+            fail "$client did not tell the DHCP server of $interface the hostname" || return
+    fi
+    if [ "$client" = nmcli ]; then
+        say_done "nmcli has NetworkManager tell the DHCP server of $interface the hostname $name"
+    else
+        say_done "The DHCP server of $interface knows the hostname $name, from $client"
+    fi
 }
 
 # find_interface: sets $interface to that of the first default route, '' if there is none
@@ -1586,21 +1600,157 @@ find_interface() {
     done 2>/dev/null </proc/self/net/route
 }
 
-# renew_lease: ask the DHCP clients one by one to renew the lease of $interface; returns 1 if none
-# does
-renew_lease() {
-    run networkctl reconfigure "$interface" ||
-        run nmcli device reapply "$interface" ||
-        run dhcpcd -n "$interface" ||
-        renew_with_dhclient ||
-        run killall -USR1 udhcpc
+# find_client: sets $client to the command of the DHCP client that has $interface, '' if none is
+# known to
+find_client() {
+    networkd_lease
+    if [ -f "$value" ]; then
+        client=networkctl
+        return
+    fi
+    ask nmcli -g DHCP4.OPTION device show "$interface"
+    if [ -n "$value" ]; then
+        client=nmcli
+        return
+    fi
+    dhcpcd_lease
+    if [ -f "$DHCPCD_PID" ] && [ -f "$value" ]; then
+        client=dhcpcd
+        return
+    fi
+    for client in dhclient udhcpc; do
+        find_process "$client"
+        if [ -n "$value" ]; then
+            return
+        fi
+    done
+    client=''
 }
 
-# renew_with_dhclient: start a dhclient of our own, as the one that runs cannot be told to renew,
-# and end it. Its script is /bin/true, so that it leaves the interface as it is.
-renew_with_dhclient() {
-    run dhclient -1 -q -sf /bin/true "$interface" || return
-    run dhclient -x -q "$interface"
+# That of a dhcpcd for all interfaces. One that was started for a single one takes no hostname.
+DHCPCD_PID=/run/dhcpcd/pid
+
+# dhcpcd_lease: sets $value to the path of dhcpcd's lease for $interface, which stays there when
+# dhcpcd ends
+dhcpcd_lease() {
+    value=/var/lib/dhcpcd/$interface.lease
+}
+
+# networkd_lease: sets $value to the path of systemd-networkd's lease for $interface, which is
+# removed when systemd-networkd ends
+networkd_lease() {
+    ask cat "/sys/class/net/$interface/ifindex"
+    value=/run/systemd/netif/leases/$value
+}
+
+# ask COMMAND [ARGUMENT]...: sets $value to what a command prints, '' if it fails. It changes
+# nothing.
+ask() {
+    value=$("$@" 2>/dev/null) || value=''
+}
+
+# find_process CLIENT: sets $value to its first process for $interface: PID COMMAND [ARGUMENT]...,
+# or ''
+find_process() {
+    ask pgrep -a -f "^([^ ]*[/ ])?$1 (.* )?$interface( |\$)"
+    value=${value%%"$NEWLINE"*}
+}
+
+# tell_server: have $client tell its server the hostname, $name; returns whether the server has
+# heard it. NetworkManager does not show that. It goes on telling the server until that answers.
+tell_server() {
+    case $client in
+    networkctl)
+        networkd_lease
+        renew "$value" networkctl reconfigure "$interface"
+        ;;
+    nmcli)
+        run nmcli device modify "$interface" ipv4.dhcp-hostname "$name"
+        ;;
+    dhcpcd)
+        dhcpcd_lease
+        renew "$value" dhcpcd -n -h "$name" "$interface"
+        ;;
+    dhclient)
+        run_second_dhclient
+        ;;
+    udhcpc)
+        # A second one, as the first one takes no hostname. With /bin/true it changes nothing here.
+        run udhcpc -n -q -f -i "$interface" -x "hostname:$name" -s /bin/true
+        ;;
+    esac
+}
+
+# renew LEASE COMMAND [ARGUMENT]...: run a command that only asks for a new lease; returns whether
+# it comes within 5 seconds
+renew() {
+    local lease="$1" old second
+    shift
+    identify "$lease"
+    old=$value
+    run "$@" || return
+    if [ -n "$DRY_RUN" ]; then
+        return
+    fi
+    for second in 1 2 3 4 5; do
+        identify "$lease"
+        if [ -n "$value" ] && [ "$value" != "$old" ]; then
+            return
+        fi
+        sleep 1
+    done
+    return 1
+}
+
+# identify FILE: sets $value to a text that is another one once the file has been written anew, ''
+# without a file
+identify() {
+    ask ls -l -i --full-time "$1"
+}
+
+# run_second_dhclient: run a second dhclient, as the one that has $interface cannot be asked, and
+# end it; returns whether the server has heard it. It has the arguments of the first one, and its
+# identity, for the same address, but not its lease, which it would take for an answer. With
+# /bin/true it changes nothing here.
+run_second_dhclient() {
+    local IFS=' ' words leases second word told=''
+    find_process dhclient
+    words=${value#* }
+    words=${words#* } # without the PID and the command
+    find_value -lf "$words"
+    leases=${value:-/var/lib/dhcp/dhclient.leases}
+    find_value -cf "$words"
+    ask grep -x 'send host-name = gethostname();' "${value:-/etc/dhcp/dhclient.conf}"
+    [ -n "$value" ] || return
+    ask sed -n '/^default-duid /p' "$leases" # sets $value, for write_file
+    second=$leases.second
+    set --
+    for word in $words; do
+        case $word in
+        -d | -nw) ;; # it is to wait, and to end
+        *) set -- "$@" "$word" ;;
+        esac
+    done
+    set -- "$@" -q -sf /bin/true -pf "$second.pid" -lf "$second"
+    if write_file "$second" 600 '' printf '%s\n' "$value" &&
+        run dhclient "$@" -1 && run dhclient "$@" -x; then
+        told=yes
+    fi
+    run rm -f "$second" "$second.pid"
+    [ -n "$told" ]
+}
+
+# find_value OPTION WORDS: sets $value to the word behind the option, '' if the option is not there
+find_value() {
+    local IFS=' ' word previous=''
+    value=''
+    for word in $2; do
+        if [ "$previous" = "$1" ]; then
+            value=$word
+            return
+        fi
+        previous=$word
+    done
 }
 
 # ---- Step remember -----------------------------------------------------------------------------

@@ -280,6 +280,20 @@ def run_always(*command, input_line=None):
         return False
 
 
+def ask(*command):
+    """Return what a command prints that only tells something, '' if it fails."""
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+    except OSError:
+        return ''
+    return done.stdout.decode(BYTE_ENCODING) if done.returncode == 0 else ''
+
+
 def say_done(line):
     """Print that something has been changed; a dry run does not print it."""
     if not settings.dry_run:
@@ -995,12 +1009,15 @@ def unlock_account(account):
 
 
 def authorize_keys(account, keys):
-    """Add the keys to the user's authorized_keys, unless they are there."""
-    folder = f'{account.home}/.ssh'
-    path = f'{folder}/authorized_keys'
+    """Add the keys to the file where sshd looks for the user's, unless they are there."""
+    path = find_keys_file(account)
+    folder = os.path.dirname(path)
     if os.path.islink(folder) or os.path.islink(path):  # the user could have made it; this is root
         raise Failed(f'{folder}: a symlink is in the way')
-    make_ssh_folder(account, folder)
+    make_keys_folder(account, folder)
+    owner, mode = account.owner, 0o600
+    if not is_in_home(account, path):  # the user has to be able to read it
+        owner, mode = None, 0o644
     text = read_file(path)
     lines = text.split('\n') if text else []
     for key in keys:
@@ -1008,17 +1025,64 @@ def authorize_keys(account, keys):
         if not any(line.split(' ')[:2] == type_and_blob for line in lines):
             lines.append(key)
     content = ''.join(f'{line}\n' for line in lines)
-    write_file(path, 0o600, content.encode(BYTE_ENCODING), account.owner)
+    write_file(path, mode, content.encode(BYTE_ENCODING), owner)
 
 
-def make_ssh_folder(account, folder):
-    """Make the folder of the keys, with modes that sshd accepts."""
+def find_keys_file(account):
+    """Return the file where sshd looks for the user's keys. Raise Failed if that is no file."""
+    default = f'{account.home}/.ssh/authorized_keys'
+    patterns = ['.ssh/authorized_keys']
+    for line in ask_sshd(account.name).split('\n'):
+        if line.startswith('authorizedkeysfile '):
+            patterns = split_words(line)[1:]
+    paths = [expand_pattern(account, pattern) for pattern in patterns]
+    if default in paths:
+        return default
+    for path in paths:
+        if path:
+            return path
+    raise Failed('sshd looks for keys in no file')
+
+
+def expand_pattern(account, pattern):
+    """Return the path that a word of AuthorizedKeysFile stands for.
+
+    Return '' if it is 'none', or has a '%' that is not known here.
+    """
+    values = {'%h': account.home, '%u': account.name}
+    parts = re.findall('%.?|[^%]+', pattern)
+    if pattern == 'none' or any(part[0] == '%' and part not in values for part in parts):
+        return ''
+    path = ''.join(values.get(part, part) for part in parts)
+    return path if path.startswith('/') else f'{account.home}/{path}'
+
+
+def ask_sshd(name):
+    """Return how sshd is configured for a user, lines of 'keyword value'; '' if it does not tell.
+
+    Since 9.3 it has -G, and tells it also without host keys.
+    """
+    connection = f'user={name},host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22'
+    return ask('sshd', '-T', '-G', '-C', connection) or ask('sshd', '-T', '-C', connection)
+
+
+def is_in_home(account, path):
+    """Whether a path is below the user's home."""
+    return path.startswith(f'{account.home}/')
+
+
+def make_keys_folder(account, folder):
+    """Make the home, and the folder of the keys, with modes that sshd accepts."""
     uid, gid = account.owner
     make_home(account)
-    must_run(folder, 'mkdir', '-p', folder)
-    must_run(folder, 'chown', '-h', f'{uid}:{gid}', folder)
-    must_run(folder, 'chmod', '700', folder)
-    must_run(folder, 'chmod', 'u+rwx,go-w', account.home)
+    make_passable(folder)
+    if is_in_home(account, folder):
+        part = folder
+        while is_in_home(account, part):
+            must_run(folder, 'chown', '-h', f'{uid}:{gid}', part)
+            part = os.path.dirname(part)
+        must_run(folder, 'chmod', '700', folder)
+        must_run(folder, 'chmod', 'u+rwx,go-w', account.home)
 
 
 def make_home(account):
@@ -1035,14 +1099,19 @@ def make_home(account):
         if owner_of_home != 0:
             raise Failed(f'{home}: belongs to another user')
     else:
-        os.umask(0o022)  # everybody may pass through the folders above the home
-        made = run('mkdir', '-p', home)
-        os.umask(0o077)
-        if not made:
-            raise Failed(f'cannot make {home}')
+        make_passable(home)
     if os.path.isdir('/etc/skel'):
         must_run(home, 'cp', '-R', '-p', '/etc/skel/.', home)
     must_run(home, 'chown', '-R', '-h', f'{uid}:{gid}', home)
+
+
+def make_passable(folder):
+    """Make a folder, and those above it, through which everybody may pass."""
+    os.umask(0o022)
+    made = run('mkdir', '-p', folder)
+    os.umask(0o077)
+    if not made:
+        raise Failed(f'cannot make {folder}')
 
 
 def must_run(path, *command):
@@ -1150,6 +1219,15 @@ def mount_dvd():
 
 
 SSHD_CONFIG = '/etc/ssh/sshd_config'
+SSHD_DEFAULT = '/usr/etc/ssh/sshd_config'  # openSUSE's: counts where there is none in /etc
+SSHD_DROP_INS = '/etc/ssh/sshd_config.d/*.conf'
+SSHD_DROP_IN = '/etc/ssh/sshd_config.d/00-azure-provisioning.conf'
+# The last two are one setting since OpenSSH 8.7. Before, either of them lets in with a password.
+SSHD_KEYWORDS = (
+    'PasswordAuthentication',
+    'ChallengeResponseAuthentication',
+    'KbdInteractiveAuthentication',
+)
 
 
 def set_password():
@@ -1163,29 +1241,68 @@ def set_password():
     password = password.encode().decode(BYTE_ENCODING)  # one character for each byte of UTF-8
     if has_control_character(password) or len(password) > 72:  # as long as Azure allows
         raise Failed('no valid password')
-    if password not in ('', 'REDACTED'):  # the latter in a copy of the file that cloud-init makes
+    is_given = password not in ('', 'REDACTED')  # the latter in a copy that cloud-init makes
+    if is_given:
         if not run('chpasswd', input_line=f'{name}:{password}'):
             raise Failed('chpasswd failed')
         say_done('Password set')
     no_passwords = squeeze(find_text(root, f'{OVF_PATH}/DisableSshPasswordAuthentication')).lower()
-    if no_passwords in ('true', 'false') and os.path.isfile(SSHD_CONFIG):
-        configure_sshd('no' if no_passwords == 'true' else 'yes')
+    if no_passwords == 'true':
+        configure_sshd(name, 'no')
+    elif no_passwords == 'false' or is_given:
+        configure_sshd(name, 'yes')
 
 
-def configure_sshd(yes_or_no):
-    """Have sshd ask for passwords, or not, in both of the ways that it has.
+def configure_sshd(name, yes_or_no):
+    """Have sshd take passwords, or not, in all of the ways that it has.
 
-    Of several lines for one setting, sshd takes the first: the two lines are put at the top.
+    Of several lines for one setting, sshd takes the first. So ours are in a file that it reads
+    before others, or else at the top.
     """
-    keywords = ('PasswordAuthentication ', 'KbdInteractiveAuthentication ')
-    lines = read_file(SSHD_CONFIG).split('\n')
-    while lines and lines[0].startswith(keywords):  # such as those of an earlier run
-        del lines[0]
-    lines = [keyword + yes_or_no for keyword in keywords] + lines
-    content = '\n'.join(lines).rstrip('\n') + '\n'
-    write_file(os.path.realpath(SSHD_CONFIG), None, content.encode(BYTE_ENCODING))
+    config = SSHD_CONFIG if os.path.isfile(SSHD_CONFIG) else SSHD_DEFAULT
+    if not os.path.isfile(config):
+        if yes_or_no == 'no' and has_command('dropbear'):
+            complain('password: dropbear takes passwords all the same')
+        return
+    ours = [f'{keyword} {yes_or_no}' for keyword in SSHD_KEYWORDS]
+    lines = read_file(config).split('\n')
+    if includes_drop_ins(lines):
+        write_file(SSHD_DROP_IN, 0o600, ''.join(f'{line}\n' for line in ours).encode())
+    elif config == SSHD_DEFAULT:  # a file in /etc would take the place of all of it
+        raise Failed(f'{SSHD_DEFAULT}: no Include {SSHD_DROP_INS} at the top')
+    else:
+        while lines and lines[0].split(' ')[0] in SSHD_KEYWORDS:  # those of an earlier run
+            del lines[0]
+        content = '\n'.join(ours + lines).rstrip('\n') + '\n'
+        write_file(os.path.realpath(SSHD_CONFIG), None, content.encode(BYTE_ENCODING))
     say_done(f'PasswordAuthentication: {yes_or_no}')
     reload_sshd()
+    check_sshd(name, yes_or_no)
+
+
+def includes_drop_ins(lines):
+    """Whether the first line of a configuration that is no comment includes the drop-ins."""
+    for line in lines:
+        words = split_words(line)
+        if words and not words[0].startswith('#'):
+            return words[0].lower() == 'include' and SSHD_DROP_INS in words[1:]
+    return False
+
+
+def check_sshd(name, yes_or_no):
+    """Raise Failed if sshd says that it does not do for the user what its configuration is for.
+
+    Other lines may count more than ours: those of a Match, or in a file that is read before.
+    """
+    if settings.dry_run or not has_command('sshd'):
+        return
+    lines = ask_sshd(name).split('\n')
+    if lines == ['']:
+        complain('password: sshd does not tell what it does')  # without host keys, an old one
+    elif yes_or_no == 'yes' and 'passwordauthentication no' in lines:
+        raise Failed(f'sshd takes no password from {name} all the same')
+    elif yes_or_no == 'no' and any(f'{each.lower()} yes' in lines for each in SSHD_KEYWORDS):
+        raise Failed(f'sshd takes passwords from {name} all the same')
 
 
 def reload_sshd():

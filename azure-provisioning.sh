@@ -1220,14 +1220,21 @@ unlock_account() {
     esac
 }
 
-# authorize_keys: add the $keys to the authorized_keys of the $account, unless they are there; can
-# fail
+# authorize_keys: add the $keys to the file where sshd looks for those of the $account, unless they
+# are there; can fail
 authorize_keys() {
-    local folder="$home/.ssh" path="$home/.ssh/authorized_keys" lines key blob IFS="$NEWLINE"
+    local path folder lines key blob owner="$uid:$gid" mode=600 IFS="$NEWLINE"
+    find_keys_file || return
+    path=$value
+    folder=${path%/*}
     if [ -L "$folder" ] || [ -L "$path" ]; then # the user could have made it; this is root
         fail "$folder: a symlink is in the way" || return
     fi
-    make_ssh_folder || return
+    make_keys_folder || return
+    if ! is_in_home "$path"; then # the user has to be able to read it
+        owner=''
+        mode=644
+    fi
     read_file "$path" || return
     lines=$text${text:+$NEWLINE}
     for key in $keys; do
@@ -1239,16 +1246,89 @@ authorize_keys() {
         *) lines=$lines$key$NEWLINE ;;
         esac
     done
-    write_file "$path" 600 "$uid:$gid" printf %s "$lines"
+    write_file "$path" $mode "$owner" printf %s "$lines"
 }
 
-# make_ssh_folder: make its $folder of the keys, with modes that sshd accepts; can fail
-make_ssh_folder() {
+# find_keys_file: sets $value to the file where sshd looks for the keys of the $account. Fails if
+# that is no file.
+find_keys_file() {
+    local default="$home/.ssh/authorized_keys" patterns='.ssh/authorized_keys' each first=''
+    local IFS="$NEWLINE"
+    ask_sshd "$account"
+    for each in $value; do
+        case $each in
+        'authorizedkeysfile '*) patterns=${each#* } ;;
+        esac
+    done
+    IFS=' '
+    for each in $patterns; do
+        if expand_pattern "$each"; then
+            if [ "$value" = "$default" ]; then
+                return
+            fi
+            first=${first:-$value}
+        fi
+    done
+    value=$first
+    [ -n "$value" ] || fail 'sshd looks for keys in no file'
+}
+
+# expand_pattern PATTERN: sets $value to the path that a word of AuthorizedKeysFile stands for.
+# Returns 1 if it is 'none', or has a '%' that is not known here.
+expand_pattern() {
+    local rest="$1"
+    value=''
+    while [ "${rest%%'%'*}" != "$rest" ]; do # there is a '%' in it
+        value=$value${rest%%'%'*}
+        rest=${rest#*'%'}
+        case $rest in
+        h*) value=$value$home ;;
+        u*) value=$value$account ;;
+        *) return 1 ;;
+        esac
+        rest=${rest#?}
+    done
+    value=$value$rest
+    case $value in
+    none) return 1 ;;
+    /*) ;;
+    *) value=$home/$value ;;
+    esac
+}
+
+# ask_sshd NAME: sets $value to how sshd is configured for a user, lines of 'keyword value'; '' if
+# it does not tell.
+#
+# Since 9.3 it has -G, and tells it also without host keys.
+ask_sshd() {
+    local connection="user=$1,host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22"
+    value=$(sshd -T -G -C "$connection" </dev/null 2>/dev/null) ||
+        value=$(sshd -T -C "$connection" </dev/null 2>/dev/null) ||
+        value=''
+}
+
+# is_in_home PATH: whether it is below the $home
+is_in_home() {
+    case $1 in
+    "$home"/*) ;;
+    *) return 1 ;;
+    esac
+}
+
+# make_keys_folder: make the $home, and its $folder of the keys, with modes that sshd accepts; can
+# fail
+make_keys_folder() {
+    local part="$folder"
     make_home || return
-    must_run "$folder" mkdir -p "$folder" || return
-    must_run "$folder" chown -h "$uid:$gid" "$folder" || return
-    must_run "$folder" chmod 700 "$folder" || return
-    must_run "$folder" chmod u+rwx,go-w "$home"
+    make_passable "$folder" || return
+    if is_in_home "$folder"; then
+        while is_in_home "$part"; do
+            must_run "$folder" chown -h "$uid:$gid" "$part" || return
+            part=${part%/*}
+        done
+        must_run "$folder" chmod 700 "$folder" || return
+        must_run "$folder" chmod u+rwx,go-w "$home"
+    fi
 }
 
 # make_home: make the $home if it is missing. If it is root's, finish it: useradd was interrupted.
@@ -1262,10 +1342,7 @@ make_home() {
         fi
         [ "$owner_of_home" = 0 ] || fail "$home: belongs to another user" || return
     else
-        (
-            umask 022 # everybody may pass through the folders above the home
-            run mkdir -p "$home"
-        ) || fail "cannot make $home" || return
+        make_passable "$home" || return
     fi
     if [ -d /etc/skel ]; then
         must_run "$home" cp -R -p /etc/skel/. "$home" || return
@@ -1279,6 +1356,14 @@ find_owner() {
     # shellcheck disable=SC2012,SC2046 # ls, as stat is not everywhere; split into words
     set -- $(ls -ldn "$1")
     say "${3-}"
+}
+
+# make_passable FOLDER: make it, and those above it, so that everybody may pass through; can fail
+make_passable() {
+    (
+        umask 022
+        run mkdir -p "$1"
+    ) || fail "cannot make $1"
 }
 
 # must_run PATH COMMAND [ARGUMENT]...: run a command that makes the path; can fail
@@ -1424,10 +1509,15 @@ mount_dvd() {
 # ---- Step password -----------------------------------------------------------------------------
 
 SSHD_CONFIG=/etc/ssh/sshd_config
+SSHD_DEFAULT=/usr/etc/ssh/sshd_config # openSUSE's: counts where there is none in /etc
+SSHD_DROP_INS='/etc/ssh/sshd_config.d/*.conf'
+SSHD_DROP_IN=/etc/ssh/sshd_config.d/00-azure-provisioning.conf
+# The last two are one setting since OpenSSH 8.7. Before, either of them lets in with a password.
+SSHD_KEYWORDS='PasswordAuthentication ChallengeResponseAuthentication KbdInteractiveAuthentication'
 
 # set_password: set the password of the admin user, and have sshd take passwords or not; can fail
 set_password() {
-    local name
+    local name is_given=''
     say 'Retrieving password from the DVD'
     retry password "$DVD_ATTEMPTS" required request_dvd || return
     squeeze "$user_name"
@@ -1441,14 +1531,12 @@ set_password() {
     if [ -n "$value" ] && [ "$value" != REDACTED ]; then
         print_line "$name:$value" | run chpasswd || fail 'chpasswd failed' || return
         say_done 'Password set'
-    fi
-    if [ ! -f "$SSHD_CONFIG" ]; then
-        return
+        is_given=yes
     fi
     squeeze "$disable_passwords"
-    case $value in
-    [Tt][Rr][Uu][Ee]) configure_sshd no ;;
-    [Ff][Aa][Ll][Ss][Ee]) configure_sshd yes ;;
+    case $value$is_given in
+    [Tt][Rr][Uu][Ee] | [Tt][Rr][Uu][Ee]yes) configure_sshd "$name" no ;;
+    [Ff][Aa][Ll][Ss][Ee] | *yes) configure_sshd "$name" yes ;;
     esac
 }
 
@@ -1484,25 +1572,91 @@ print_line() {
     fi 2>/dev/null # the reader may be gone
 }
 
-# configure_sshd yes|no: have sshd ask for passwords, or not, in both of the ways that it has; can
+# configure_sshd NAME yes|no: have sshd take passwords, or not, in all of the ways that it has; can
 # fail.
 #
-# Of several lines for one setting, sshd takes the first: the two lines are put at the top.
+# Of several lines for one setting, sshd takes the first. So ours are in a file that it reads before
+# others, or else at the top.
 configure_sshd() {
-    local ours="PasswordAuthentication $1${NEWLINE}KbdInteractiveAuthentication $1$NEWLINE" others
-    read_file "$SSHD_CONFIG" || return
-    others=$text${text:+$NEWLINE}
+    local config="$SSHD_CONFIG" ours='' keyword
+    if [ ! -f "$config" ]; then
+        config=$SSHD_DEFAULT
+    fi
+    if [ ! -f "$config" ]; then
+        if [ "$2" = no ] && has_command dropbear; then
+            complain 'password: dropbear takes passwords all the same'
+        fi
+        return
+    fi
+    for keyword in $SSHD_KEYWORDS; do
+        ours="$ours$keyword $2$NEWLINE"
+    done
+    read_file "$config" || return
+    if includes_drop_ins; then
+        write_file "$SSHD_DROP_IN" 600 '' printf %s "$ours" || return
+    elif [ "$config" = "$SSHD_DEFAULT" ]; then # a file in /etc would take the place of all of it
+        fail "$SSHD_DEFAULT: no Include $SSHD_DROP_INS at the top" || return
+    else
+        drop_first_lines
+        file_behind "$SSHD_CONFIG"
+        write_file "$value" '' '' printf %s "$ours$text${text:+$NEWLINE}" || return
+    fi
+    say_done "PasswordAuthentication: $2"
+    reload_sshd
+    check_sshd "$1" "$2"
+}
+
+# includes_drop_ins: whether the first line of the $text that is no comment includes the drop-ins
+includes_drop_ins() {
+    local each IFS="$NEWLINE"
+    for each in $text; do
+        squeeze "$each"
+        case $value in
+        '' | '#'*) continue ;;
+        [Ii][Nn][Cc][Ll][Uu][Dd][Ee]' '*) has_word "$SSHD_DROP_INS" "$value" ;;
+        *) return 1 ;;
+        esac
+        return
+    done
+    return 1
+}
+
+# drop_first_lines: take the lines of an earlier run from the top of the $text
+drop_first_lines() {
+    local first
     while :; do
-        case $others in # such as those of an earlier run
-        'PasswordAuthentication '*) others=${others#*"$NEWLINE"} ;;
-        'KbdInteractiveAuthentication '*) others=${others#*"$NEWLINE"} ;;
-        *) break ;;
+        first=${text%%"$NEWLINE"*}
+        has_word "${first%% *}" "$SSHD_KEYWORDS" || return 0
+        case $text in
+        *"$NEWLINE"*) text=${text#*"$NEWLINE"} ;;
+        *) text='' ;;
         esac
     done
-    file_behind "$SSHD_CONFIG"
-    write_file "$value" '' '' printf %s "$ours$others" || return
-    say_done "PasswordAuthentication: $1"
-    reload_sshd
+}
+
+# check_sshd NAME yes|no: fails if sshd says that it does not do for the user what its configuration
+# is for.
+#
+# Other lines may count more than ours: those of a Match, or in a file that is read before.
+check_sshd() {
+    if [ -n "$DRY_RUN" ] || ! has_command sshd; then
+        return
+    fi
+    ask_sshd "$1"
+    if [ -z "$value" ]; then
+        complain 'password: sshd does not tell what it does' # without host keys, an old one
+        return
+    fi
+    case $2$NEWLINE$value$NEWLINE in
+    yes*"${NEWLINE}passwordauthentication no$NEWLINE"*)
+        fail "sshd takes no password from $1 all the same"
+        ;;
+    no*"${NEWLINE}passwordauthentication yes$NEWLINE"* | \
+        no*"${NEWLINE}challengeresponseauthentication yes$NEWLINE"* | \
+        no*"${NEWLINE}kbdinteractiveauthentication yes$NEWLINE"*)
+        fail "sshd takes passwords from $1 all the same"
+        ;;
+    esac
 }
 
 # file_behind PATH: sets $value to the file that a symlink leads to, or to the path itself

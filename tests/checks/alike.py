@@ -19,6 +19,7 @@ ONLY_PYTHON = {
     'Failed': 'the shell has $reason, and fail',
     'end_program': 'the shell has exit',
     'run_always': 'the shell runs a command by its name',
+    'ask': 'the same',
     'remove_file': 'the shell has rm -f',
     'hang_up': 'curl or wget does it',
     'transfer': 'curl or wget does it',
@@ -47,6 +48,7 @@ ONLY_SHELL = {
     'find_owner': 'Python has os.stat',
     'decode_entities': 'Python has an XML parser',
     'print_line': 'Python gives a command its input',
+    'drop_first_lines': 'Python has del',
     'file_behind': 'Python has os.path.realpath',
     'decode_base64': 'Python has base64',
 }

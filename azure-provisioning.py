@@ -905,7 +905,7 @@ def request_imds_keys(optional):
             raise Failed('publicKeys: no valid list')
         text = retry('user', request, f'publicKeys/{number}/keyData', optional=optional)
         has_text = has_text or text != ''
-        keys += take_key(number, text)
+        keys += take_keys(number, text)
     return keys, has_text
 
 
@@ -915,21 +915,40 @@ def find_keys(dvd):
     elements = dvd.findall(f'{OVF_PATH}/SSH/PublicKeys/PublicKey/Value')
     for number, element in enumerate(elements):
         text = text_of(element).encode().decode(BYTE_ENCODING)
-        keys += take_key(number, text)
+        keys += take_keys(number, text)
     no_passwords = squeeze(find_text(dvd, f'{OVF_PATH}/DisableSshPasswordAuthentication')).lower()
     if not keys and no_passwords != 'false':
         raise Failed(NO_LOGIN)
     return keys
 
 
-def take_key(number, text):
-    """Return a list of the SSH key in a text, which is empty if there is none; say so, or not."""
-    key = squeeze(remove_characters('\r\n', text))  # Azure may break a key into lines
-    if not is_ssh_key(key):
-        complain(f'user: publicKeys/{number}: no OpenSSH public key')
-        return []
-    say(f'SSH key: {key.split()[0]}')
-    return [key]
+def take_keys(number, text):
+    """Return the valid SSH keys in the value of a number; say of each whether it is one."""
+    keys = []
+    for key in split_keys(text):
+        if is_ssh_key(key):
+            say(f'SSH key: {key.split()[0]}')
+            keys.append(key)
+        else:
+            complain(f'user: publicKeys/{number}: no OpenSSH public key')
+    return keys
+
+
+def split_keys(text):
+    """Return the keys in a text, at least one.
+
+    Azure may break a key into lines, and a user may give several keys. Another one begins in a line
+    that has its type in front, or behind options.
+    """
+    keys = []
+    for line in re.split('[\r\n]', text):
+        begins = re.search('^(ssh|ecdsa|sk)-| (ssh|ecdsa|sk)-.* AAAA', squeeze(line))
+        if not squeeze(line):
+            continue
+        if begins or not keys:
+            keys.append('')
+        keys[-1] += line
+    return [squeeze(key) for key in keys] or ['']
 
 
 def remove_characters(characters, text):

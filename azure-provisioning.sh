@@ -1070,7 +1070,7 @@ request_imds_keys() {
         fi
         retry user "$ATTEMPTS" "$1" $request publicKeys/$number/keyData || return
         has_key_text=$has_key_text$value
-        take_key $number "$value"
+        take_keys $number "$value"
         number=$((number + 1))
     done
 }
@@ -1081,7 +1081,7 @@ find_keys() {
     keys=''
     for text in $dvd_keys; do
         decode_entities "$text" || value=''
-        take_key $number "$value"
+        take_keys $number "$value"
         number=$((number + 1))
     done
     squeeze "$disable_passwords"
@@ -1091,16 +1091,38 @@ find_keys() {
     esac
 }
 
-# take_key NUMBER TEXT: add a text to the $keys, if it is an SSH key; say so, or not
-take_key() {
-    remove_characters "$CARRIAGE_RETURN$NEWLINE" "$2" # Azure may break a key into lines
-    squeeze "$value"
-    if is_ssh_key "$value"; then
-        say "SSH key: ${value%% *}"
-        keys=$keys$value$NEWLINE
-    else
-        complain "user: publicKeys/$1: no OpenSSH public key"
-    fi
+# take_keys NUMBER TEXT: add the valid SSH keys in the value of a number to $keys; say of each
+# whether it is one
+take_keys() {
+    local key IFS="$NEWLINE"
+    split_keys "$2"
+    for key in ${value:-$INVALID}; do
+        squeeze "$key"
+        if is_ssh_key "$value"; then
+            say "SSH key: ${value%% *}"
+            keys=$keys$value$NEWLINE
+        else
+            complain "user: publicKeys/$1: no OpenSSH public key"
+        fi
+    done
+}
+
+# split_keys TEXT: sets $value to the keys in a text, a line each.
+#
+# Azure may break a key into lines, and a user may give several keys. Another one begins in a line
+# that has its type in front, or behind options.
+split_keys() {
+    local each split='' IFS="$CARRIAGE_RETURN$NEWLINE"
+    for each in $1; do
+        squeeze "$each"
+        case $value in
+        '') continue ;;
+        ssh-* | ecdsa-* | sk-*) split=$split$NEWLINE ;;
+        *' ssh-'*' AAAA'* | *' ecdsa-'*' AAAA'* | *' sk-'*' AAAA'*) split=$split$NEWLINE ;;
+        esac
+        split=$split$each
+    done
+    value=$split
 }
 
 # remove_characters CHARACTERS TEXT: sets $value to the text without these characters

@@ -850,7 +850,8 @@ def create_user():
         shell = '/bin/bash' if os.access('/bin/bash', os.X_OK) else '/bin/sh'
         if not run('useradd', '-m', '-s', shell, name):
             run('adduser', '-D', '-s', shell, name)  # BusyBox's; whether it worked is seen below
-        if settings.dry_run:  # the account is not there, so the rest cannot be tried
+        if settings.dry_run:  # the account is not there: what is in its home cannot be tried
+            grant_root(name)
             return
     account = find_account(name)
     if not account:
@@ -1142,23 +1143,42 @@ def must_run(path, *command):
 def grant_root(name):
     """Let the user become root without a password, with sudo or doas, if one accepts the rule."""
     rule = f'{name} ALL=(ALL:ALL) NOPASSWD:ALL'
-    if run('visudo', '-q', '-c', '-f', '-', input_line=rule):
-        write_file('/etc/sudoers.d/azure-provisioning', 0o440, f'{rule}\n'.encode())
+    # With sudo and doas, the last rule that fits counts: the file's name is behind others.
+    if run('visudo', '-q', '-c', '-f', '/dev/stdin', input_line=rule):
+        write_file('/etc/sudoers.d/zz-azure-provisioning', 0o440, f'{rule}\n'.encode())
+        remove_former('/etc/sudoers.d/azure-provisioning')
+        check_sudo(name)
         return
     path = '/etc/doas.conf'
     if os.path.isdir('/etc/doas.d'):
-        path = '/etc/doas.d/azure-provisioning.conf'
+        path = '/etc/doas.d/zz-azure-provisioning.conf'
     rules = add_last_line(read_file(path), f'permit nopass {name}')
     if run('doas', '-C', '/dev/stdin', input_line=rules):
         path = os.path.realpath(path)
         mode = None if os.path.exists(path) else 0o440
         write_file(path, mode, f'{rules}\n'.encode(BYTE_ENCODING))
+        remove_former('/etc/doas.d/azure-provisioning.conf')
         return
     complain(f'user: neither sudo nor doas takes a rule for {name}')  # it can log in all the same
 
 
+def remove_former(path):
+    """Remove the file in which an earlier version of this program wrote its rule."""
+    if os.path.lexists(path) and not run('rm', '-f', path):
+        raise Failed(f'cannot remove {path}')
+
+
+def check_sudo(name):
+    """Say so if sudo does not give the user all rights: another rule may count, or its file not."""
+    if settings.dry_run:
+        return
+    rights = ask('sudo', '-n', '-l', '-U', name).rstrip('\n')
+    if not rights.endswith('(ALL : ALL) NOPASSWD: ALL'):  # the last rule
+        complain(f'user: sudo does not say that {name} may do all without a password')
+
+
 def add_last_line(text, line):
-    """Return a text that ends with the line: doas goes by the last rule that fits."""
+    """Return a text that ends with the line."""
     if text == '' or text == line:
         return line
     if text.endswith(f'\n{line}'):

@@ -1009,7 +1009,8 @@ create_user() {
         if ! run useradd -m -s $shell "$name"; then
             run adduser -D -s $shell "$name" # BusyBox's; whether it worked is seen below
         fi
-        if [ -n "$DRY_RUN" ]; then # the account is not there, so the rest cannot be tried
+        if [ -n "$DRY_RUN" ]; then # the account is not there: its home cannot be tried
+            grant_root "$name"
             return
         fi
         find_account "$name" || return
@@ -1399,12 +1400,15 @@ must_run() {
 # the rule; can fail
 grant_root() {
     local rule="$1 ALL=(ALL:ALL) NOPASSWD:ALL" path=/etc/doas.conf mode=440 rules
-    if say "$rule" | run visudo -q -c -f -; then
-        write_file /etc/sudoers.d/azure-provisioning 440 '' printf '%s\n' "$rule"
+    # With sudo and doas, the last rule that fits counts: the file's name is behind others.
+    if say "$rule" | run visudo -q -c -f /dev/stdin; then
+        write_file /etc/sudoers.d/zz-azure-provisioning 440 '' printf '%s\n' "$rule" || return
+        remove_former /etc/sudoers.d/azure-provisioning || return
+        check_sudo "$1"
         return
     fi
     if [ -d /etc/doas.d ]; then
-        path=/etc/doas.d/azure-provisioning.conf
+        path=/etc/doas.d/zz-azure-provisioning.conf
     fi
     read_file "$path" || return
     add_last_line "$text" "permit nopass $1"
@@ -1414,14 +1418,36 @@ grant_root() {
         if [ -e "$value" ]; then
             mode=''
         fi
-        write_file "$value" "$mode" '' printf '%s\n' "$rules"
+        write_file "$value" "$mode" '' printf '%s\n' "$rules" || return
+        remove_former /etc/doas.d/azure-provisioning.conf
         return
     fi
     complain "user: neither sudo nor doas takes a rule for $1" # it can log in all the same
 }
 
-# add_last_line TEXT LINE: sets $value to a text that ends with the line: doas goes by the last rule
-# that fits
+# remove_former FILE: remove the file in which an earlier version of this program wrote its rule;
+# can fail
+remove_former() {
+    if [ -e "$1" ] || [ -L "$1" ]; then
+        run rm -f "$1" || fail "cannot remove $1"
+    fi
+}
+
+# check_sudo NAME: say so if sudo does not give the user all rights: another rule may count, or its
+# file not
+check_sudo() {
+    local rights
+    if [ -n "$DRY_RUN" ]; then
+        return
+    fi
+    rights=$(sudo -n -l -U "$1" </dev/null 2>/dev/null) || rights=''
+    case $rights in
+    *'(ALL : ALL) NOPASSWD: ALL') ;; # the last rule
+    *) complain "user: sudo does not say that $1 may do all without a password" ;;
+    esac
+}
+
+# add_last_line TEXT LINE: sets $value to a text that ends with the line
 add_last_line() {
     case $1 in
     '' | "$2") value=$2 ;;

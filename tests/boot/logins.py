@@ -89,6 +89,12 @@ def is_ready(report, host):
     )
 
 
+def nothing_amiss(report):
+    """Assert that no step said that something is otherwise than it should be."""
+    said = [line for line in report['journal'] if line.startswith(('user: ', 'password: '))]
+    assert not said, said
+
+
 def files(machine, *folders):
     """What a machine's boots wrote below folders: mode, owner and content of each path."""
     found = {}
@@ -167,13 +173,14 @@ def keys(machine):
     with Azure(answers) as host:
         report = boot_and_log_in(machine)
         is_provisioned(report, host.posts())
+    nothing_amiss(report)
     let_in(report, *KEYS)
     is_readable_by(
         machine,
         {
             'home/azureuser/.ssh': ('700', 1),
             'home/azureuser/.ssh/authorized_keys': ('600', 1),
-            'etc/sudoers.d/azure-provisioning': ('440', 0),
+            'etc/sudoers.d/zz-azure-provisioning': ('440', 0),
         },
     )
     known = subprocess.run(
@@ -197,6 +204,7 @@ def password(machine):
     with Azure(has_user(machine, 'id_ed25519')) as host:
         report = boot_and_log_in(machine)
         is_ready(report, host)
+    nothing_amiss(report)
     let_in(report, 'id_ed25519', 'password')
     everything = files(machine, '.')
     found = [path for path, what in everything.items() if PASSWORD.encode() in what[3]] + report[

@@ -61,6 +61,8 @@ settings, from the environment:
                                  (default: 5)
   AZURE_PROVISIONING_TIMEOUT     time limit of a request, in seconds
                                  (default: 30)
+  AZURE_PROVISIONING_GROUPS      more groups for the user, with commas between
+                                 (default: none)
 
 Progress goes to stdout, failures go to stderr.
 exit status: 0 all steps are done, 1 a step failed, 2 wrong usage"""
@@ -71,6 +73,7 @@ settings = types.SimpleNamespace(
     attempts=240,
     interval=5,  # seconds
     timeout=30,  # seconds
+    groups='',
     dry_run=False,
 )
 
@@ -84,6 +87,7 @@ CONNECT_LIMIT = 3  # seconds of the timeout, at most, to connect
 BODY_LIMIT = 65536  # bytes of a reply's body
 ENOUGH_ABSENCES = 5  # IMDS has to say so often that it has no such value
 SPACE = ' \t\n\r'  # the characters that are white space in XML
+ACCOUNT_NAME = '[A-Za-z_][A-Za-z0-9._-]{0,31}'  # of a user or a group
 
 # Texts from files and servers have one character for each byte, as in the shell: Latin-1 does that.
 BYTE_ENCODING = 'latin-1'
@@ -193,6 +197,7 @@ def read_settings():
     settings.attempts = read_number('AZURE_PROVISIONING_ATTEMPTS', settings.attempts, 1)
     settings.interval = read_number('AZURE_PROVISIONING_INTERVAL', settings.interval, 0)
     settings.timeout = read_number('AZURE_PROVISIONING_TIMEOUT', settings.timeout, 1)
+    settings.groups = read_groups('AZURE_PROVISIONING_GROUPS', settings.groups)
 
 
 def read_url(name, default):
@@ -212,6 +217,14 @@ def read_number(name, default, least):
     if not re.fullmatch('0|[1-9][0-9]{0,5}', number) or int(number) < least:
         usage_error(f'bad {name}')
     return int(number)
+
+
+def read_groups(name, default):
+    """Return names of groups with commas between; a usage error if they are none. '' is no name."""
+    groups = os.environ.get(name, default)
+    if not re.fullmatch(f'({ACCOUNT_NAME}(,{ACCOUNT_NAME})*)?', groups):
+        usage_error(f'bad {name}')
+    return groups
 
 
 def run_steps(steps):
@@ -847,9 +860,7 @@ def create_user():
     say(f'User: {name}')
     keys = request_keys() if dvd is None else find_keys(dvd)
     if not find_account(name):
-        shell = '/bin/bash' if os.access('/bin/bash', os.X_OK) else '/bin/sh'
-        if not run('useradd', '-m', '-s', shell, name):
-            run('adduser', '-D', '-s', shell, name)  # BusyBox's; whether it worked is seen below
+        add_account(name)
         if settings.dry_run:  # the account is not there: what is in its home cannot be tried
             grant_root(name)
             return
@@ -858,16 +869,19 @@ def create_user():
         raise Failed('neither useradd nor adduser made the user')
     if is_system_account(account):
         raise Failed(f'{name} is a system account')
+    if account.shell.endswith(('/nologin', '/false')):
+        complain(f'user: {name} cannot log in: its shell is {account.shell}')
     unlock_account(account)
     if keys:
         authorize_keys(account, keys)
+    join_groups(name)
     grant_root(name)
 
 
 def is_user_name(text):
     """Whether a text is a user name with a small letter: to sudo, ALL and its like are no names."""
     return (
-        re.fullmatch('[A-Za-z_][A-Za-z0-9._-]{0,31}', text) is not None
+        re.fullmatch(ACCOUNT_NAME, text) is not None
         and re.search('[a-z]', text) is not None
         and text != 'root'
     )
@@ -975,7 +989,7 @@ def find_account(name):
     """Return a user's account, None if there is none.
 
     password_field: that of /etc/shadow; if the user has no line there, that of /etc/passwd.
-    owner: the numbers of the user and of its group. home: the path of its home.
+    owner: the numbers of the user and of its group. home: the path of its home. shell: the path.
     """
     fields = find_fields('/etc/passwd', name)
     if not fields:
@@ -994,15 +1008,27 @@ def find_account(name):
         owner=(int(fields[2]), int(fields[3])),
         # Python has an encoding of its own for paths.
         home=os.fsdecode(fields[5].encode(BYTE_ENCODING)),
+        shell=os.fsdecode(fields[6].encode(BYTE_ENCODING)),
     )
 
 
 def find_fields(path, name):
-    """Return the fields of the first line of /etc/passwd or /etc/shadow for a user, or None."""
+    """Return the fields of the first line for a name, in /etc/passwd and its like, or None."""
     for line in read_file(path).split('\n'):
         if line.startswith(f'{name}:'):
             return f'{line}::::::'.split(':')  # seven at least, though the line may have fewer
     return None
+
+
+def add_account(name):
+    """Make the user, with a group of its own, or with the one of the same name that is there.
+
+    Whether it worked is seen in /etc/passwd.
+    """
+    shell = '/bin/bash' if os.access('/bin/bash', os.X_OK) else '/bin/sh'
+    has_group = find_fields('/etc/group', name) is not None
+    if not run('useradd', '-m', '-s', shell, *['-g', name] * has_group, name):
+        run('adduser', '-D', '-s', shell, *['-G', name] * has_group, name)  # BusyBox's
 
 
 def is_system_account(account):
@@ -1138,6 +1164,15 @@ def must_run(path, *command):
     """Run a command that makes a path. Raise Failed if it does not succeed."""
     if not run(*command):
         raise Failed(f'cannot make {path}')
+
+
+def join_groups(name):
+    """Add the user to the groups of the settings that there are."""
+    for group in filter(None, settings.groups.split(',')):
+        if find_fields('/etc/group', group) is None:
+            complain(f'user: there is no group {group}')
+        elif not run('usermod', '-a', '-G', group, name) and not run('addgroup', name, group):
+            raise Failed(f'neither usermod nor addgroup added {name} to {group}')
 
 
 def grant_root(name):
@@ -1282,14 +1317,25 @@ def set_password():
         raise Failed('no valid password')
     is_given = password not in ('', 'REDACTED')  # the latter in a copy that cloud-init makes
     if is_given:
-        if not run('chpasswd', input_line=f'{name}:{password}'):
-            raise Failed('chpasswd failed')
+        store_password(name, password)
         say_done('Password set')
     no_passwords = squeeze(find_text(root, f'{OVF_PATH}/DisableSshPasswordAuthentication')).lower()
     if no_passwords == 'true':
         configure_sshd(name, 'no')
     elif no_passwords == 'false' or is_given:
         configure_sshd(name, 'yes')
+
+
+def store_password(name, password):
+    """Set the password of a user. Raise Failed if chpasswd does not; PAM may forbid it."""
+    line = f'{name}:{password}'
+    stored = run('chpasswd', input_line=line)
+    fields = find_fields('/etc/shadow', name) or find_fields('/etc/passwd', name)
+    # BusyBox may make a hash of 13 characters, for which eight of the password count.
+    if stored and fields and len(fields[1]) == 13 and '$' not in fields[1]:
+        stored = run('chpasswd', '-c', 'SHA512', input_line=line)
+    if not stored:
+        raise Failed('chpasswd failed')
 
 
 def configure_sshd(name, yes_or_no):

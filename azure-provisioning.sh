@@ -55,6 +55,8 @@ settings, from the environment:
                                  (default: 5)
   AZURE_PROVISIONING_TIMEOUT     time limit of a request, in seconds
                                  (default: 30)
+  AZURE_PROVISIONING_GROUPS      more groups for the user, with commas between
+                                 (default: none)
 
 Progress goes to stdout, failures go to stderr.
 exit status: 0 all steps are done, 1 a step failed, 2 wrong usage'
@@ -64,6 +66,7 @@ IMDS=${AZURE_PROVISIONING_IMDS-http://169.254.169.254}
 ATTEMPTS=${AZURE_PROVISIONING_ATTEMPTS-240}
 INTERVAL=${AZURE_PROVISIONING_INTERVAL-5} # seconds
 TIMEOUT=${AZURE_PROVISIONING_TIMEOUT-30}  # seconds
+EXTRA_GROUPS=${AZURE_PROVISIONING_GROUPS-}
 DRY_RUN=
 
 # What changes during a run.
@@ -172,6 +175,7 @@ check_settings() {
     check_number AZURE_PROVISIONING_ATTEMPTS "$ATTEMPTS" 1
     check_number AZURE_PROVISIONING_INTERVAL "$INTERVAL" 0
     check_number AZURE_PROVISIONING_TIMEOUT "$TIMEOUT" 1
+    check_groups AZURE_PROVISIONING_GROUPS "$EXTRA_GROUPS"
     WIRESERVER=${WIRESERVER%/}
     IMDS=${IMDS%/}
 }
@@ -202,6 +206,20 @@ check_number() {
     if [ "${#2}" -gt 6 ] || [ "$2" -lt "$3" ]; then
         usage_error "bad $1"
     fi
+}
+
+# check_groups NAME GROUPS: a usage error if they are no names of groups with commas between. '' is
+# no name.
+check_groups() {
+    local group IFS=','
+    case $2 in
+    *[!A-Za-z0-9._,-]* | ,* | *, | *,,*) usage_error "bad $1" ;;
+    esac
+    for group in $2; do
+        case $group in
+        [!A-Za-z_]* | ?????????????????????????????????*) usage_error "bad $1" ;; # 33 characters
+        esac
+    done
 }
 
 # run_steps: run $steps until one fails; returns the exit status
@@ -990,7 +1008,7 @@ NO_LOGIN='no valid SSH key, and no password'
 
 # create_user: create the admin user, unless there is one, and let it log in with its keys; can fail
 create_user() {
-    local name shell=/bin/sh
+    local name
     say 'Retrieving user from IMDS'
     request_property user osProfile/adminUsername required || return
     name=$value
@@ -1003,12 +1021,7 @@ create_user() {
     fi
     find_account "$name" || return
     if [ -z "$account" ]; then
-        if [ -x /bin/bash ]; then
-            shell=/bin/bash
-        fi
-        if ! run useradd -m -s $shell "$name"; then
-            run adduser -D -s $shell "$name" # BusyBox's; whether it worked is seen below
-        fi
+        add_account "$name" || return
         if [ -n "$DRY_RUN" ]; then # the account is not there: its home cannot be tried
             grant_root "$name"
             return
@@ -1019,10 +1032,14 @@ create_user() {
     if is_system_account; then
         fail "$name is a system account" || return
     fi
+    case $shell in
+    */nologin | */false) complain "user: $name cannot log in: its shell is $shell" ;;
+    esac
     unlock_account || return
     if [ -n "$keys" ]; then
         authorize_keys || return
     fi
+    join_groups "$name" || return
     grant_root "$name"
 }
 
@@ -1167,7 +1184,8 @@ has_control_character() {
 
 # find_account NAME: sets $account to the user's name, or to '' if there is no such account; can
 # fail. Also sets $password_field, that of /etc/shadow, or of /etc/passwd if the user has no line
-# there; $uid and $gid, the numbers of the user and of its group; and $home, the path of its home.
+# there; $uid and $gid, the numbers of the user and of its group; $home, the path of its home; and
+# $shell, that of its shell.
 find_account() {
     local name="$1" IFS=':'
     account=''
@@ -1181,6 +1199,7 @@ find_account() {
     uid=${3-}
     gid=${4-}
     home=${6-}
+    shell=${7-}
     is_number "$uid" || fail "/etc/passwd: no valid line for $name" || return
     is_number "$gid" || fail "/etc/passwd: no valid line for $name" || return
     find_line /etc/shadow "$name" || return
@@ -1194,7 +1213,7 @@ find_account() {
     account=$name
 }
 
-# find_line FILE NAME: sets $line to the first line of /etc/passwd or /etc/shadow for a user, '' if
+# find_line FILE NAME: sets $line to the first line for a name, in /etc/passwd and its like, '' if
 # there is none; can fail
 find_line() {
     local each IFS="$NEWLINE"
@@ -1208,6 +1227,22 @@ find_line() {
             ;;
         esac
     done
+}
+
+# add_account NAME: make the user, with a group of its own, or with the one of the same name that is
+# there; can fail. Whether it worked is seen in /etc/passwd.
+add_account() {
+    local shell=/bin/sh group=''
+    if [ -x /bin/bash ]; then
+        shell=/bin/bash
+    fi
+    find_line /etc/group "$1" || return
+    if [ -n "$line" ]; then
+        group=$1
+    fi
+    run useradd -m -s $shell ${group:+-g "$group"} "$1" ||
+        run adduser -D -s $shell ${group:+-G "$group"} "$1" || # BusyBox's
+        return 0
 }
 
 # is_system_account: whether the $account is not for people: its number is below UID_MIN of
@@ -1396,6 +1431,19 @@ must_run() {
     run "$@" || fail "cannot make $path"
 }
 
+# join_groups NAME: add the user to the EXTRA_GROUPS that there are; can fail
+join_groups() {
+    local group IFS=','
+    for group in $EXTRA_GROUPS; do
+        find_line /etc/group "$group" || return
+        if [ -z "$line" ]; then
+            complain "user: there is no group $group"
+        elif ! run usermod -a -G "$group" "$1" && ! run addgroup "$1" "$group"; then
+            fail "neither usermod nor addgroup added $1 to $group" || return
+        fi
+    done
+}
+
 # grant_root NAME: let the user become root without a password, with sudo or doas, if one accepts
 # the rule; can fail
 grant_root() {
@@ -1577,7 +1625,7 @@ set_password() {
     fi
     # REDACTED stands in a copy of the file that cloud-init makes.
     if [ -n "$value" ] && [ "$value" != REDACTED ]; then
-        print_line "$name:$value" | run chpasswd || fail 'chpasswd failed' || return
+        store_password "$name" "$value" || return
         say_done 'Password set'
         is_given=yes
     fi
@@ -1618,6 +1666,23 @@ print_line() {
         # shellcheck disable=SC2039,SC3045 # only mksh comes here
         print -r -- "$1"
     fi 2>/dev/null # the reader may be gone
+}
+
+# store_password NAME PASSWORD: set the password of a user. Fails if chpasswd does not; PAM may
+# forbid it.
+store_password() {
+    print_line "$1:$2" | run chpasswd || fail 'chpasswd failed' || return
+    find_line /etc/shadow "$1" || return
+    if [ -z "$line" ]; then
+        find_line /etc/passwd "$1" || return
+    fi
+    value=${line#*:}
+    value=${value%%:*}
+    # BusyBox may make a hash of 13 characters, for which eight of the password count.
+    case $value in
+    *'$'*) ;;
+    ?????????????) print_line "$1:$2" | run chpasswd -c SHA512 || fail 'chpasswd failed' ;;
+    esac
 }
 
 # configure_sshd NAME yes|no: have sshd take passwords, or not, in all of the ways that it has; can

@@ -1072,6 +1072,7 @@ def authorize_keys(account, keys):
             lines.append(key)
     content = ''.join(f'{line}\n' for line in lines)
     write_file(path, mode, content.encode(BYTE_ENCODING), owner)
+    restore_labels('user', folder)
 
 
 def find_keys_file(account):
@@ -1149,6 +1150,7 @@ def make_home(account):
     if os.path.isdir('/etc/skel'):
         must_run(home, 'cp', '-R', '-p', '/etc/skel/.', home)
     must_run(home, 'chown', '-R', '-h', f'{uid}:{gid}', home)
+    restore_labels('user', home)
 
 
 def make_passable(folder):
@@ -1166,6 +1168,12 @@ def must_run(path, *command):
         raise Failed(f'cannot make {path}')
 
 
+def restore_labels(step, path):
+    """Give a path, and what is in it, the labels that SELinux has for it, if there is SELinux."""
+    if has_command('restorecon') and not run('restorecon', '-R', path):
+        complain(f'{step}: restorecon failed for {path}')
+
+
 def join_groups(name):
     """Add the user to the groups of the settings that there are."""
     for group in filter(None, settings.groups.split(',')):
@@ -1181,6 +1189,7 @@ def grant_root(name):
     # With sudo and doas, the last rule that fits counts: the file's name is behind others.
     if run('visudo', '-q', '-c', '-f', '/dev/stdin', input_line=rule):
         write_file('/etc/sudoers.d/zz-azure-provisioning', 0o440, f'{rule}\n'.encode())
+        restore_labels('user', '/etc/sudoers.d/zz-azure-provisioning')
         remove_former('/etc/sudoers.d/azure-provisioning')
         check_sudo(name)
         return
@@ -1192,6 +1201,7 @@ def grant_root(name):
         path = os.path.realpath(path)
         mode = None if os.path.exists(path) else 0o440
         write_file(path, mode, f'{rules}\n'.encode(BYTE_ENCODING))
+        restore_labels('user', path)
         remove_former('/etc/doas.d/azure-provisioning.conf')
         return
     complain(f'user: neither sudo nor doas takes a rule for {name}')  # it can log in all the same
@@ -1352,14 +1362,17 @@ def configure_sshd(name, yes_or_no):
     ours = [f'{keyword} {yes_or_no}' for keyword in SSHD_KEYWORDS]
     lines = read_file(config).split('\n')
     if includes_drop_ins(lines):
-        write_file(SSHD_DROP_IN, 0o600, ''.join(f'{line}\n' for line in ours).encode())
+        path = SSHD_DROP_IN
+        write_file(path, 0o600, ''.join(f'{line}\n' for line in ours).encode())
     elif config == SSHD_DEFAULT:  # a file in /etc would take the place of all of it
         raise Failed(f'{SSHD_DEFAULT}: no Include {SSHD_DROP_INS} at the top')
     else:
         while lines and lines[0].split(' ')[0] in SSHD_KEYWORDS:  # those of an earlier run
             del lines[0]
         content = '\n'.join(ours + lines).rstrip('\n') + '\n'
-        write_file(os.path.realpath(SSHD_CONFIG), None, content.encode(BYTE_ENCODING))
+        path = os.path.realpath(SSHD_CONFIG)
+        write_file(path, None, content.encode(BYTE_ENCODING))
+    restore_labels('password', path)
     say_done(f'PasswordAuthentication: {yes_or_no}')
     reload_sshd()
     check_sshd(name, yes_or_no)

@@ -1304,7 +1304,8 @@ authorize_keys() {
         *) lines=$lines$key$NEWLINE ;;
         esac
     done
-    write_file "$path" $mode "$owner" printf %s "$lines"
+    write_file "$path" $mode "$owner" printf %s "$lines" || return
+    restore_labels user "$folder"
 }
 
 # find_keys_file: sets $value to the file where sshd looks for the keys of the $account. Fails if
@@ -1405,7 +1406,8 @@ make_home() {
     if [ -d /etc/skel ]; then
         must_run "$home" cp -R -p /etc/skel/. "$home" || return
     fi
-    must_run "$home" chown -R -h "$uid:$gid" "$home"
+    must_run "$home" chown -R -h "$uid:$gid" "$home" || return
+    restore_labels user "$home"
 }
 
 # find_owner FOLDER: print the number of the user that owns it
@@ -1431,6 +1433,14 @@ must_run() {
     run "$@" || fail "cannot make $path"
 }
 
+# restore_labels STEP PATH: give a path, and what is in it, the labels that SELinux has for it, if
+# there is SELinux
+restore_labels() {
+    if has_command restorecon && ! run restorecon -R "$2"; then
+        complain "$1: restorecon failed for $2"
+    fi
+}
+
 # join_groups NAME: add the user to the EXTRA_GROUPS that there are; can fail
 join_groups() {
     local group IFS=','
@@ -1451,6 +1461,7 @@ grant_root() {
     # With sudo and doas, the last rule that fits counts: the file's name is behind others.
     if say "$rule" | run visudo -q -c -f /dev/stdin; then
         write_file /etc/sudoers.d/zz-azure-provisioning 440 '' printf '%s\n' "$rule" || return
+        restore_labels user /etc/sudoers.d/zz-azure-provisioning
         remove_former /etc/sudoers.d/azure-provisioning || return
         check_sudo "$1"
         return
@@ -1467,6 +1478,7 @@ grant_root() {
             mode=''
         fi
         write_file "$value" "$mode" '' printf '%s\n' "$rules" || return
+        restore_labels user "$value"
         remove_former /etc/doas.d/azure-provisioning.conf
         return
     fi
@@ -1706,7 +1718,8 @@ configure_sshd() {
     done
     read_file "$config" || return
     if includes_drop_ins; then
-        write_file "$SSHD_DROP_IN" 600 '' printf %s "$ours" || return
+        value=$SSHD_DROP_IN
+        write_file "$value" 600 '' printf %s "$ours" || return
     elif [ "$config" = "$SSHD_DEFAULT" ]; then # a file in /etc would take the place of all of it
         fail "$SSHD_DEFAULT: no Include $SSHD_DROP_INS at the top" || return
     else
@@ -1714,6 +1727,7 @@ configure_sshd() {
         file_behind "$SSHD_CONFIG"
         write_file "$value" '' '' printf %s "$ours$text${text:+$NEWLINE}" || return
     fi
+    restore_labels password "$value"
     say_done "PasswordAuthentication: $2"
     reload_sshd
     check_sshd "$1" "$2"

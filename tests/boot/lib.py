@@ -14,6 +14,7 @@ import pathlib
 import re
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -176,6 +177,15 @@ class Machine:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
         path.chmod(mode)
+
+    def link(self, path, target):
+        (self.upper / path).parent.mkdir(parents=True, exist_ok=True)
+        (self.upper / path).symlink_to(target)
+
+    def hide(self, path):
+        """Have a file of the tree be missing."""
+        (self.upper / path).parent.mkdir(parents=True, exist_ok=True)
+        os.mknod(str(self.upper / path), 0o600 | stat.S_IFCHR, os.makedev(0, 0))
 
     def enable(self, *units):
         subprocess.run(
@@ -443,10 +453,12 @@ def boot_and_log_in(machine, *options):
 
 def let_in(report, *ways):
     """Assert that these ways to log in lead in, and with sudo to root, with PAM and without; and no
-    other does.
+    other does. The second prompt for a password is one of PAM.
     """
     said = {name: value for name, (value, *_) in report.items() if name.startswith('login:')}
+    second = {'login:keyboard-interactive:with-PAM'} if 'password' in ways else set()
     ways = {'login:%s:%s' % (way, pam) for way in ways for pam in ('with-PAM', 'without-PAM')}
+    ways |= second
     assert ways <= set(said), said
     for way, value in said.items():
         assert value == USER + ' root' if way in ways else 'Permission denied' in value, said

@@ -294,7 +294,10 @@ def run_always(*command, input_line=None):
 
 
 def ask(*command):
-    """Return what a command prints that only tells something, '' if it fails."""
+    """Return what a command prints, without line feeds at the end; '' if it fails.
+
+    It changes nothing.
+    """
     try:
         done = subprocess.run(
             command,
@@ -304,7 +307,7 @@ def ask(*command):
         )
     except OSError:
         return ''
-    return done.stdout.decode(BYTE_ENCODING) if done.returncode == 0 else ''
+    return done.stdout.decode(BYTE_ENCODING).rstrip('\n') if done.returncode == 0 else ''
 
 
 def say_done(line):
@@ -720,7 +723,8 @@ def request_leaf(leaf, limit=BODY_LIMIT):
     try:
         _, body = exchange(label_of(leaf), url, {'Metadata': 'true'}, limit=limit)
     except Failed as failure:
-        raise Failed(str(failure), absent=failure.status in (400, 404)) from None
+        failure.absent = failure.status in (400, 404)
+        raise
     return body.decode(BYTE_ENCODING)
 
 
@@ -1143,7 +1147,7 @@ def make_home(account):
         owner_of_home = os.stat(home).st_uid
         if owner_of_home == uid:
             return
-        if owner_of_home != 0:
+        if owner_of_home != 0 or not re.match('/.*/.', home):  # so do / and /usr
             raise Failed(f'{home}: belongs to another user')
     else:
         make_passable(home)
@@ -1217,7 +1221,7 @@ def check_sudo(name):
     """Say so if sudo does not give the user all rights: another rule may count, or its file not."""
     if settings.dry_run:
         return
-    rights = ask('sudo', '-n', '-l', '-U', name).rstrip('\n')
+    rights = ask('sudo', '-n', '-l', '-U', name)
     if not rights.endswith('(ALL : ALL) NOPASSWD: ALL'):  # the last rule
         complain(f'user: sudo does not say that {name} may do all without a password')
 
@@ -1520,17 +1524,6 @@ def networkd_lease(interface):
     """Return the path of systemd-networkd's lease, which is removed when systemd-networkd ends."""
     index = ask('cat', f'/sys/class/net/{interface}/ifindex')
     return f'/run/systemd/netif/leases/{index}'
-
-
-def ask(*command):
-    """Return what a command prints, '' if it fails. It changes nothing."""
-    try:
-        answer = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    except OSError:
-        return ''
-    if answer.returncode != 0:
-        return ''
-    return answer.stdout.decode(BYTE_ENCODING).rstrip('\n')
 
 
 def find_process(client, interface):

@@ -285,6 +285,12 @@ run_twice() {
     run "$@"
 }
 
+# ask COMMAND [ARGUMENT]...: sets $value to what a command prints, '' if it fails. It changes
+# nothing.
+ask() {
+    value=$("$@" </dev/null 2>/dev/null) || value=''
+}
+
 # say_done LINE: print that something has been changed; a dry run does not print it
 say_done() {
     if [ -z "$DRY_RUN" ]; then
@@ -1362,9 +1368,10 @@ expand_pattern() {
 # Since 9.3 it has -G, and tells it also without host keys.
 ask_sshd() {
     local connection="user=$1,host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22"
-    value=$(sshd -T -G -C "$connection" </dev/null 2>/dev/null) ||
-        value=$(sshd -T -C "$connection" </dev/null 2>/dev/null) ||
-        value=''
+    ask sshd -T -G -C "$connection"
+    if [ -z "$value" ]; then
+        ask sshd -T -C "$connection"
+    fi
 }
 
 # is_in_home PATH: whether it is below the $home
@@ -1400,7 +1407,10 @@ make_home() {
         if [ "$owner_of_home" = "$uid" ]; then
             return
         fi
-        [ "$owner_of_home" = 0 ] || fail "$home: belongs to another user" || return
+        case $owner_of_home:$home in
+        0:/*/?*) ;;
+        *) fail "$home: belongs to another user" || return ;; # so do / and /usr
+        esac
     else
         make_passable "$home" || return
     fi
@@ -1497,12 +1507,11 @@ remove_former() {
 # check_sudo NAME: say so if sudo does not give the user all rights: another rule may count, or its
 # file not
 check_sudo() {
-    local rights
     if [ -n "$DRY_RUN" ]; then
         return
     fi
-    rights=$(sudo -n -l -U "$1" </dev/null 2>/dev/null) || rights=''
-    case $rights in
+    ask sudo -n -l -U "$1"
+    case $value in
     *'(ALL : ALL) NOPASSWD: ALL') ;; # the last rule
     *) complain "user: sudo does not say that $1 may do all without a password" ;;
     esac
@@ -1922,12 +1931,6 @@ dhcpcd_lease() {
 networkd_lease() {
     ask cat "/sys/class/net/$interface/ifindex"
     value=/run/systemd/netif/leases/$value
-}
-
-# ask COMMAND [ARGUMENT]...: sets $value to what a command prints, '' if it fails. It changes
-# nothing.
-ask() {
-    value=$("$@" 2>/dev/null) || value=''
 }
 
 # find_process CLIENT: sets $value to its first process for $interface: PID COMMAND [ARGUMENT]...,

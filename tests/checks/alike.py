@@ -19,7 +19,6 @@ ONLY_PYTHON = {
     'Failed': 'the shell has $reason, and fail',
     'end_program': 'the shell has exit',
     'run_always': 'the shell runs a command by its name',
-    'ask': 'the same',
     'remove_file': 'the shell has rm -f',
     'hang_up': 'curl or wget does it',
     'transfer': 'curl or wget does it',

@@ -13,7 +13,7 @@ import time
 import kit_path  # noqa: F401  before the modules of the kit
 from host import ADDRESSES, Azure, good, network
 from lib import BLOCK, FEW, GOOD_RUN, SILENT, expect, from_readme, is_provisioned, main, probed
-from tap import measured
+from tap import Skipped, measured
 
 SLOW = """[Unit]
 Before=network.target
@@ -23,6 +23,23 @@ ExecStart=/bin/sleep 2
 [Install]
 WantedBy=network.target
 """  # a network card that gets its lease late, as ifupdown waits for one
+REDIRECT = """[Unit]
+DefaultDependencies=no
+Wants=network-pre.target
+Before=network-pre.target sysinit.target
+[Service]
+Type=oneshot
+ExecStart=/usr/bin/python3 /azure-provisioning-tests/redirect %s
+StandardOutput=append:/dev/console
+[Install]
+WantedBy=multi-user.target
+"""  # at the time at which the Guest Proxy Agent starts
+DROP_IN = 'etc/systemd/system/azure-provisioning.service.d/tests.conf'
+NO_LOOPBACK = """[Service]
+IPAddressAllow=
+IPAddressAllow=168.63.129.16 169.254.169.254
+Environment=AZURE_PROVISIONING_ATTEMPTS=1 AZURE_PROVISIONING_TIMEOUT=1
+"""
 
 
 def has_failed(report, line):
@@ -108,12 +125,33 @@ def is_prompt(host, came, what):
     assert 0 < late < 2, late
 
 
+def proxy_agent(machine):
+    """The Guest Proxy Agent redirects connections to both addresses to 127.0.0.1: the VM is Ready.
+    Without loopback in the unit's IPAddressAllow= it would not be: "timed out".
+    """
+    network('del')
+    with Azure(away=ADDRESSES) as host:
+        port = host.listen('proxy', ('127.0.0.1', 0)).rpartition(':')[2]
+        machine.write('etc/systemd/system/redirect.service', REDIRECT % port)
+        machine.enable('redirect')
+        machine.write(DROP_IN, NO_LOOPBACK)
+        report = machine.boot()
+        if report['redirect'] != ['on']:
+            raise Skipped('no eBPF: %s' % report['redirect'])
+        assert not host.requests, host.requests
+        assert 'ready: attempt 1 of 1: goal state: timed out' in report['journal'], report
+        machine.write(DROP_IN, '')
+        is_provisioned(machine.boot(), host.posts())
+    asked = {request.headers['Host'] for request in host.requests}
+    assert asked == {ADDRESSES['wireserver'], ADDRESSES['imds']}, asked
+
+
 def no_wireserver(machine):
     """Without a WireServer the unit fails and stays enabled; the next boot provisions."""
     with Azure(away=['wireserver']) as host:
         report = machine.boot()
         assert not host.requests, host.requests
-    has_failed(report, 'ready: gave up after 3 attempts')
+    has_failed(report, 'ready: gave up after 3 attempts; is this a VM on Azure?')
     with Azure() as host:
         is_provisioned(machine.boot(), host.posts())
 
@@ -235,6 +273,7 @@ CHECKS = [
     first_boot,
     late_network,
     late_wireserver,
+    proxy_agent,
     no_wireserver,
     no_imds,
     time_limit,

@@ -45,6 +45,16 @@ StandardOutput=append:/dev/console
 [Install]
 WantedBy=multi-user.target
 """  # at the time at which the Guest Proxy Agent starts
+READ_ONLY_ETC = """[Unit]
+DefaultDependencies=no
+Before=sysinit.target
+[Service]
+Type=oneshot
+ExecStart=/bin/mount --bind /etc /etc
+ExecStart=/bin/mount -o remount,bind,ro /etc
+[Install]
+WantedBy=sysinit.target
+"""
 DROP_IN = 'etc/systemd/system/azure-provisioning.service.d/tests.conf'
 NO_LOOPBACK = """[Service]
 IPAddressAllow=
@@ -256,7 +266,11 @@ def no_bus(machine):
     """Without D-Bus the hostname cannot be set: the unit fails and says so."""
     machine.mask('dbus.socket', 'dbus.service')
     with Azure():
-        has_failed(machine.boot(), 'hostname: cannot write /etc/hostname')
+        has_failed(
+            machine.boot(),
+            "hostname: hostnamectl failed; cannot set the kernel's hostname"
+            '; cannot write /etc/hostname',
+        )
 
 
 def no_bus_drop_in(machine):
@@ -267,6 +281,26 @@ def no_bus_drop_in(machine):
 
 
 no_bus_drop_in.drop_in = from_readme('CapabilityBoundingSet=')
+
+
+def read_only_etc(machine):
+    """With a read-only /etc, the same drop-in has the kernel's hostname set on each boot. The unit
+    fails, and says why.
+    """
+    machine.write('etc/systemd/system/read-only-etc.service', READ_ONLY_ETC)
+    machine.enable('read-only-etc')
+    for _ in 'first boot', 'second boot':
+        with Azure() as host:
+            report = machine.boot()
+            assert len(host.posts()) == 1, host.requests
+        expect(report, {'kernel-hostname': 'web-1', 'static-hostname': 'image'})
+        assert report['journal'][-1] == (
+            'hostname: hostnamectl failed; cannot write /etc/hostname'
+            ', so web-1 lasts until the next boot'
+        ), report['journal']
+
+
+read_only_etc.drop_in = no_bus_drop_in.drop_in
 
 
 def other_steps(machine):
@@ -318,6 +352,7 @@ CHECKS = [
     sandbox,
     no_bus,
     no_bus_drop_in,
+    read_only_etc,
     other_steps,
 ]
 if __name__ == '__main__':

@@ -71,11 +71,13 @@ OVF = """<?xml version="1.0" encoding="utf-8"?>
       <ns1:UserName>{}</ns1:UserName>
       <ns1:UserPassword>{}</ns1:UserPassword>
       <ns1:DisableSshPasswordAuthentication>{}</ns1:DisableSshPasswordAuthentication>
+      <ns1:SSH><ns1:PublicKeys>{}</ns1:PublicKeys></ns1:SSH>
       <ns1:CustomData>Y3VzdG9tIGRhdGEK</ns1:CustomData>
     </ns1:LinuxProvisioningConfigurationSet>
   </ns1:ProvisioningSection>
 </ns0:Environment>
 """
+OVF_KEY = '<ns1:PublicKey><ns1:Value>{}</ns1:Value></ns1:PublicKey>'
 UUIDS = ['11111111-2222-3333-4444-%012d\n' % number for number in range(2)]
 KEYS = {
     'id_rsa': ['rsa'],
@@ -411,9 +413,11 @@ def main(about, checks, needed=(), with_openrc=()):
     sys.exit(1 if any(run.returncode for run in runs) else 0)
 
 
-def ovf(disable):
+def ovf(disable, *keys):
     """What is on the DVD."""
-    return OVF.format(USER, escape(PASSWORD, {'"': '&quot;', "'": '&apos;'}), disable)
+    password = escape(PASSWORD, {'"': '&quot;', "'": '&apos;'})
+    keys = ''.join(OVF_KEY.format(escape(key)) for key in keys)
+    return OVF.format(USER, password, disable, keys)
 
 
 def has_user(machine, *keys):
@@ -537,6 +541,12 @@ class Guest(Machine):
             'nvme,serial=disk,drive=disk',
             *options,
         )
+
+    def answer(self, answers):
+        """Say what Azure's host in this guest answers."""
+        for endpoint, [answer] in answers.items():
+            name = endpoint + '.http' * (answer.kind == 'http')
+            self.write('azure-provisioning-tests/answers/' + name, answer.data.decode('latin-1'))
 
     def add_modules(self, *folders):
         """Put modules of the kernel in place, before the first boot."""

@@ -17,6 +17,7 @@ from lib import (
     FEW,
     GOOD_RUN,
     SILENT,
+    Machine,
     expect,
     from_readme,
     is_provisioned,
@@ -55,6 +56,12 @@ ExecStart=/bin/mount -o remount,bind,ro /etc
 [Install]
 WantedBy=sysinit.target
 """
+IDLE = """#!/bin/sh
+sleep 5
+echo "enabled=$(systemctl is-enabled azure-provisioning)"
+echo "reloads=$(journalctl --boot --output=cat _PID=1 | grep -c '^Reloading')"
+echo 'reported=yes'
+"""  # a report that does not ask again and again, which costs something, too
 DROP_IN = 'etc/systemd/system/azure-provisioning.service.d/tests.conf'
 NO_LOOPBACK = """[Service]
 IPAddressAllow=
@@ -100,6 +107,25 @@ def first_boot(machine):
     said = [line for line in report['journal'] if not line.startswith('Removed ')]  # by systemctl
     assert said == GOOD_RUN, said
     boots_again(machine)
+
+
+def cost(machine):
+    """The unit costs little: the CPU time of a whole boot with it, and of one without it. It does
+    not have systemd reload.
+    """
+    without = Machine(*machine.made_of)
+    without.disable()
+    costs = []
+    for each in without, machine:
+        each.write('azure-provisioning-tests/report', IDLE, 0o755)
+        with Azure() as host:
+            report = each.boot()
+        expect(report, {'reloads': '0', 'enabled': 'disabled'})
+        costs.append(each.cost())
+    assert len(host.posts()) == 1, host.requests
+    more = costs[1] - costs[0]
+    measured('CPU of a boot without the unit %.0f ms, with it %.0f ms more', costs[0], more)
+    assert more < 250, costs  # on an idle machine 100 to 160
 
 
 def late_network(machine):
@@ -344,6 +370,7 @@ def openrc(machine):
 
 CHECKS = [
     first_boot,
+    cost,
     late_network,
     mended_route,
     late_wireserver,

@@ -135,6 +135,7 @@ class Machine:
     """A system with a program installed; what one boot changes is there at the next."""
 
     def __init__(self, program, options, drop_in='', steps=''):
+        self.made_of = program, options, drop_in, steps
         self.tree = options.tree
         self.state = pathlib.Path(tempfile.mkdtemp(dir=options.folder))
         self.upper = self.state / 'upper'
@@ -196,6 +197,10 @@ class Machine:
             check=True,
         )
 
+    def disable(self):
+        """Disable the unit before the boot."""
+        (self.units / 'multi-user.target.wants/azure-provisioning.service').unlink()
+
     def mask(self, *units):
         subprocess.run(
             ['systemctl', '-q', '--root=%s' % self.upper, '--force', 'mask'] + list(units),
@@ -204,6 +209,11 @@ class Machine:
 
     def enabled(self):
         return (self.units / 'multi-user.target.wants/azure-provisioning.service').is_symlink()
+
+    def cost(self):
+        """The CPU time of the last boot, all of it, in milliseconds."""
+        said = (self.state / 'cpu.stat').read_text()
+        return int(re.search('^usage_usec (.+)', said, re.MULTILINE).group(1)) / 1000
 
     def boot(self, meanwhile=lambda up: False):
         """Boot, and wait for the power to go off; return the report, a list a name.

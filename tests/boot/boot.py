@@ -332,6 +332,24 @@ def read_only_etc(machine):
 read_only_etc.drop_in = no_bus_drop_in.drop_in
 
 
+def elsewhere(machine):
+    """With the README's drop-in, nothing is asked where the firmware is not Azure's, and the unit
+    stays enabled, for a boot on Azure.
+    """
+    tag = machine.state / 'chassis_asset_tag'
+    tag.write_text('No Asset Tag\n')
+    with Azure() as host:
+        report = machine.boot()
+        assert not host.requests, host.requests
+    expect(report, {'enabled': 'enabled', 'azure-provisioning.service:ActiveState': 'inactive'})
+    tag.write_text('7783-7084-3265-9085-8269-3286-77\n')
+    with Azure() as host:
+        is_provisioned(machine.boot(), host.posts())
+
+
+elsewhere.drop_in = from_readme('ExecCondition=')
+
+
 def other_steps(machine):
     """The README's drop-in for other steps has just these run."""
     with Azure() as host:
@@ -383,6 +401,7 @@ CHECKS = [
     no_bus,
     no_bus_drop_in,
     read_only_etc,
+    elsewhere,
     other_steps,
 ]
 if __name__ == '__main__':

@@ -9,6 +9,7 @@ shellcheck and, without TREE, mmdebstrap.
 """
 
 import argparse
+import base64
 import contextlib
 import ctypes
 import functools
@@ -142,6 +143,54 @@ SERVICE_SAYS = [
     'Starting azure-provisioning ... [ ok ]',
     'status: failed, see /var/log/azure-provisioning.log',
     'exit 1',
+]
+
+CUSTOM_DATA_SCRIPT = """#!/bin/sh
+echo "I am $(id -un) in $PWD with $HOME"
+journalctl --output=cat -u azure-provisioning | grep -q 'Response: 200' && echo 'Azure was told'
+mkdir /custom-data-was-here && echo 'the file system can be written'
+"""
+CUSTOM_DATA_REPORT = """
+unit=azure-custom-data.service
+until systemctl show --property=ActiveState azure-provisioning | grep -q '=inactive' &&
+    [ "$(systemctl show --property=ExecMainExitTimestampMonotonic $unit)" != \\
+        ExecMainExitTimestampMonotonic=0 ]; do
+    sleep .1
+done
+journalctl --sync
+journalctl --boot --output=cat _SYSTEMD_UNIT=$unit | sed 's/^/custom=/'
+"""
+CUSTOM_DATA_RUNS = r"""
+data=/var/lib/azure-provisioning/custom-data
+mkdir -p /var/lib/azure-provisioning
+run() {
+    azure-custom-data || echo "exit $?"
+}
+run
+printf 'echo wrong' >$data
+run
+cat $data
+echo
+printf '#!/bin/sh\necho script\nexit 7\n' >$data
+run
+run
+printf '#!/bin/sh\r\necho windows\r\n' >$data
+run
+: >$data
+run
+"""
+CUSTOM_DATA_NONE = 'There is no custom data that is a script'
+CUSTOM_DATA_SAYS = [
+    CUSTOM_DATA_NONE,
+    CUSTOM_DATA_NONE,
+    'echo wrong',
+    'Running the custom data',
+    'script',
+    'exit 7',
+    CUSTOM_DATA_NONE,
+    'Running the custom data',
+    'windows',
+    CUSTOM_DATA_NONE,
 ]
 
 
@@ -405,7 +454,7 @@ def nixos():
     systemd = json.loads(image.run(EVALUATE))
     service = systemd['services']['azure-provisioning']
     assert systemd['packages'] == ['/files'] and service['path'] == ['/curl', '/hostname'], systemd
-    guest = lib.Guest('sh', tree('tree'))  # a Debian has to do, with what NixOS makes of the module
+    guest = debian_guest()  # a Debian has to do, with what NixOS makes of the module
     guest.write('usr/local/sbin/hostnamectl', '#!/bin/sh\nexit 1\n', 0o755)
     guest.write(
         'files/bin/azure-provisioning', (PROJECT / 'azure-provisioning.sh').read_text(), 0o755
@@ -463,6 +512,80 @@ def packer():
     image.run('cd recipes/packer; HOME=/tmp packer validate debian.pkr.hcl')
     (image.files / 'recipes/debian/bake.sh').unlink()
     image.run('cd recipes/packer; ! HOME=/tmp packer validate debian.pkr.hcl')
+
+
+def custom_data():
+    """Custom data on a DVD that begins with #! runs once, as root, after Ready, without a sandbox;
+    its output is in the journal.
+    """
+    guest = debian_guest('data hostname ready remember')
+    guest.add_modules('drivers/ata', 'drivers/scsi', 'drivers/cdrom', 'lib', 'fs/nls', 'fs/isofs')
+    guest.write('etc/modules-load.d/dvd.conf', 'ata_piix\n')
+    install_custom_data(guest)
+    guest.write(
+        'etc/systemd/system/report.service.d/custom-data.conf',
+        '[Service]\nExecStartPre=/bin/sh /azure-provisioning-tests/custom-data\n',
+    )
+    guest.write('azure-provisioning-tests/custom-data', CUSTOM_DATA_REPORT)
+    drive = dvd(CUSTOM_DATA_SCRIPT)
+    report = guest.boot(*drive)
+    assert report['posted'] == lib.POSTED, report
+    assert report['custom'] == [
+        'Running the custom data',
+        'I am root in / with /root',
+        'Azure was told',
+        'the file system can be written',
+    ], report
+    report = guest.boot(*drive)  # a reboot
+    assert report['journal'] == ['Already provisioned: ' + lib.VM_ID], report
+    assert report['custom'] == ['There is no custom data that is a script'], report
+
+
+def custom_data_program():
+    """What is no script is left alone; a script does not run twice, fails as it fails, and may have
+    the line ends of Windows.
+    """
+    image = Image('tree')
+    install_custom_data(image)
+    assert image.run(CUSTOM_DATA_RUNS).splitlines() == CUSTOM_DATA_SAYS
+
+
+def debian_guest(steps=''):
+    """A Debian to boot in QEMU, which may be slow on a busy machine."""
+    guest = lib.Guest('sh', tree('tree'), steps)
+    guest.write('etc/systemd/system/report.service.d/slow.conf', '[Service]\nTimeoutStartSec=250\n')
+    return guest
+
+
+def install_custom_data(machine):
+    for name, path, mode in (
+        ('azure-custom-data', 'usr/local/sbin/azure-custom-data', 0o755),
+        ('azure-custom-data.service', 'etc/systemd/system/azure-custom-data.service', 0o644),
+        (
+            'custom-data.conf',
+            'etc/systemd/system/azure-provisioning.service.d/custom-data.conf',
+            0o644,
+        ),
+    ):
+        machine.write(path, recipe('custom-data/' + name), mode)
+
+
+def dvd(script):
+    """The options for QEMU of a DVD with custom data."""
+    folder = pathlib.Path(tempfile.mkdtemp(dir=os.getcwd()))
+    encoded = base64.b64encode(script.encode()).decode()
+    text = re.sub(
+        '(<ns1:CustomData>).*(</ns1:CustomData>)',
+        lambda match: match.group(1) + encoded + match.group(2),
+        lib.ovf('true'),
+    )
+    assert encoded in text
+    (folder / 'dvd').mkdir()
+    (folder / 'dvd/ovf-env.xml').write_text(text)
+    lib.have('genisoimage', '-R', '-o', folder / 'dvd.iso', folder / 'dvd')
+    drive = 'if=none,id=dvd,media=cdrom,format=raw,readonly=on,file=%s' % (folder / 'dvd.iso')
+    devices = ['-device', 'piix3-ide,id=ide', '-device', 'ide-cd,bus=ide.0,drive=dvd']
+    return [*devices, '-drive', drive]
 
 
 def shell():
@@ -530,6 +653,8 @@ CHECKS = {  # and the tree of each
     nixos: 'tree',
     mkosi: 'mkosi',
     packer: 'packer',
+    custom_data: 'tree',
+    custom_data_program: 'tree',
     shell: '',
 }
 

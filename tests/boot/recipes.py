@@ -659,11 +659,9 @@ CHECKS = {  # and the tree of each
 }
 
 
-def fetch(checks):
+def fetch(trees, needed=(lib.kernel, busybox)):
     """Fetch what the checks need, while there is a network."""
-    needed = [lib.kernel, busybox]
-    needed += [functools.partial(tree, which) for which in {CHECKS[each] for each in checks}]
-    for each in needed:
+    for each in [*needed, *[functools.partial(tree, which) for which in sorted(set(trees))]]:
         with contextlib.suppress(Skipped):  # whoever needs it asks again, and is skipped
             each()
 
@@ -681,7 +679,7 @@ def main():
     print('1..%d' % len(checks), flush=True)
     with lib.in_own_folder():
         if os.getuid() == 0:
-            fetch(checks)
+            fetch(CHECKS[each] for each in checks)
             leave_network()
         passed = [tell(check.__doc__, hold, check) for check in checks]
     sys.exit(0 if all(passed) else 1)

@@ -10,6 +10,7 @@ all passed or were skipped, 1. Needs root, qemu-system-x86_64, mke2fs and, witho
 
 import argparse
 import collections
+import functools
 import os
 import pathlib
 import struct
@@ -111,15 +112,57 @@ is_new() {
     [ "$(echo /sys/block/nvme*n1)" != "$known" ]
 }
 
-try() { # [MOUNT_POINT]
-    azure-temporary-disk "$@" 2>&1 | sed 's/^/said=/'
-    echo "mounted=$(findmnt --noheadings --output FSTYPE,LABEL,OPTIONS /mnt | tr -s ' ')"
+try() { # NAME [MOUNT_POINT]: run the program, and report what it says and mounts as NAME
+    name=$1
+    shift
+    azure-temporary-disk "$@" 2>&1 | sed "s/^/$name=/"
+    echo "$name-mounts=$(findmnt --noheadings --output FSTYPE,LABEL,OPTIONS /mnt | tr -s ' ')"
+}
+
+try_twice() { # NAME: as at two boots
+    try "$1"
+    echo data >/mnt/data
+    umount /mnt
+    try "$1-again"
+    ls /mnt | sed "s/^/$1-file=/"
+    umount /mnt
 }
 
 until_true exists /dev/vda
 tr -d '\0' </dev/vda >/run/script
 . /run/script
 end
+"""
+# A SCSI disk that is deleted is found again when its bus is scanned.
+WITH_DECOYS = """
+{scsi}
+echo 1 >/sys/block/$disk/device/delete
+try decoys
+{nvme}
+try_twice nvme
+echo '- - -' | tee /sys/class/scsi_host/host*/scan >/dev/null
+{scsi}
+try_twice scsi
+"""
+OTHERS = """
+{scsi}
+fresh=$disk
+echo 'tmpfs /mnt tmpfs noauto' >/etc/fstab
+try fstab
+: >/etc/fstab
+mkdir /run/full
+: >/run/full/file
+try full /run/full
+echo "fresh=$(blkid -p -o value -s LABEL /dev/${fresh}1)"
+mv /sbin/mount.ntfs-3g /sbin/mount.ntfs-3g.off
+try label
+mv /sbin/mount.ntfs-3g.off /sbin/mount.ntfs-3g
+umount /mnt
+echo 1 >/sys/block/$fresh/device/delete
+{first}
+{second}
+try v2
+try mounted
 """
 REPORT = """[Service]
 ExecStartPost=/bin/sh -c 'findmnt --noheadings --output FSTYPE,LABEL /mnt | tr -s " " | \
@@ -239,23 +282,26 @@ class DiskGuest(lib.Guest):
         self.enable('azure-temporary-disk')
 
     def try_disks(self, disks, script):
-        """Boot with disks, a file each, by its path; prepare them, and run a script."""
-        devices, setup = [], ': >/etc/fstab\n'
-        for number, (path, disk) in enumerate(disks.items()):
-            drive = 'if=none,id=d%d,format=raw,cache=unsafe,file=%s' % (number, path)
+        """Boot with disks, a file for each name; run a script in which {NAME} stands for the shell
+        that prepares a disk. Return the report.
+        """
+        devices = []
+        for number, (name, disk) in enumerate(disks.items()):
+            pathlib.Path(name).write_bytes(disk.content)
+            drive = 'if=none,id=d%d,format=raw,cache=unsafe,file=%s' % (number, name)
             devices += ['-drive', drive + ',readonly=on' * disk.read_only]
             if disk.how == 'scsi':
                 vendor, _, product = disk.model.partition('/')
                 device = 'scsi-hd,bus=scsi.0,scsi-id=0,lun=%d,drive=d%d,vendor=%s,product=%s'
                 devices += ['-device', device % (number, number, vendor, product)]
-                setup += 'scsi %d\n' % number
+                setup = 'scsi %d\n' % number
             else:
                 devices += ['-device', 'virtio-blk-pci,serial=d%d,drive=d%d' % (number, number)]
-                setup += 'nvme d%d "%s"\n' % (number, disk.model)
+                setup = 'nvme d%d "%s"\n' % (number, disk.model)
             setup += disk.before.replace('{}', '${disk}') + '\n'
-        text = setup + script + '\n'
-        pathlib.Path('script').write_bytes(text.encode().ljust(65536, b'\0'))
-        return lib.boot_guest(
+            script = script.replace('{%s}' % name, setup)
+        pathlib.Path('script').write_bytes(script.encode().ljust(65536, b'\0'))
+        report = lib.boot_guest(
             'root=/dev/nvme0n1 rw init=/azure-provisioning-tests/init',
             '-drive',
             lib.DISK % self.disk,
@@ -269,10 +315,12 @@ class DiskGuest(lib.Guest):
             'virtio-scsi-pci,id=scsi',
             *devices,
         )
+        assert not [line for line in report if line.startswith('never')], report
+        return report
 
 
 class Fleet:
-    """The guest, the decoys, and a fresh SCSI disk, made once."""
+    """The guest, the decoys, and a fresh SCSI disk, made once, and what came of the boots."""
 
     def __init__(self):
         make = Maker()
@@ -280,30 +328,12 @@ class Fleet:
         self.decoys = decoys(make)
         self.guest = DiskGuest()
 
-    def try_with(self, disks, script='try', decoys=True):
-        """Boot with these disks, behind the decoys; assert that those are as they were, and return
-        the report.
-        """
-        attached = {}
-        for number, disk in enumerate(self.decoys.values() if decoys else ()):
-            path = pathlib.Path('decoy-%d' % number)
-            path.write_bytes(disk.content)
-            attached[str(path)] = disk
-        attached.update(disks)
-        report = self.guest.try_disks(attached, script)
-        assert not [line for line in report if line.startswith('never')], report
-        for path, disk in attached.items():
-            if path.startswith('decoy-'):
-                number = int(path.partition('-')[2])
-                same = pathlib.Path(path).read_bytes() == disk.content
-                assert same, (list(self.decoys)[number], report)
-        return report
 
-
-def unit(fleet):
-    """At a boot with systemd, the unit formats and mounts a fresh SCSI disk."""
+@functools.lru_cache(maxsize=None)
+def boot_systemd(fleet):
+    """Boot with systemd and a fresh SCSI disk."""
     pathlib.Path('unit').write_bytes(fleet.fresh)
-    report = fleet.guest.boot(
+    return fleet.guest.boot(
         '-device',
         'virtio-scsi-pci,id=scsi',
         '-drive',
@@ -311,89 +341,102 @@ def unit(fleet):
         '-device',
         'scsi-hd,bus=scsi.0,drive=unit,vendor=Msft,product=Virtual Disk',
     )
+
+
+@functools.lru_cache(maxsize=None)
+def boot_with_decoys(fleet):
+    """Boot with all decoys; first they are alone, then come a fresh NVMe disk and a fresh SCSI
+    disk.
+    """
+    boot_systemd(fleet)  # makes the disk of the guest
+    disks = {'decoy-%d' % number: disk for number, disk in enumerate(fleet.decoys.values())}
+    script = ': >/etc/fstab\n' + ''.join('{%s}' % name for name in disks) + WITH_DECOYS
+    disks.update(scsi=scsi(fleet.fresh), nvme=nvme(b'\0' * SIZE))
+    return fleet.guest.try_disks(disks, script)
+
+
+@functools.lru_cache(maxsize=None)
+def boot_others(fleet):
+    """Boot with other disks that are fresh."""
+    boot_systemd(fleet)
+    second = nvme(b'\0' * SIZE, model=MODEL + ' v2')
+    disks = {'scsi': scsi(fleet.fresh), 'first': second, 'second': second}
+    return fleet.guest.try_disks(disks, OTHERS)
+
+
+def unit(fleet):
+    """At a boot with systemd, the unit formats and mounts a fresh SCSI disk."""
+    report = boot_systemd(fleet)
     assert report['mounted'] == ['ext4 azure-temporary'], report
     assert report['active'] == ['active'], report
 
 
 def only_decoys(fleet):
-    """Disks that almost look like temporary disks are left alone."""
-    measured('%d decoys', len(fleet.decoys))
-    report = fleet.try_with({})
-    assert report['mounted'] == [''], report
-    assert report['said'][-1] == 'There is no temporary disk that can be used', report
+    """Disks that almost look like temporary disks are left alone, and the reasons are said."""
+    report = boot_with_decoys(fleet)
+    assert report['decoys-mounts'] == [''], report
+    assert report['decoys'][-1] == 'There is no temporary disk that can be used', report
     for reason, count in (
         ('is in use, or in /etc/fstab', 6),
         ('has files', 2),
         ('cannot be looked into', 1),
         ('is not fresh', 8),
     ):
-        lines = [line for line in report['said'] if reason in line]
+        lines = [line for line in report['decoys'] if reason in line]
         assert len(lines) == count, (reason, lines, report)
 
 
-def fresh_scsi(fleet):
-    """A fresh SCSI disk is formatted once, and then kept; the decoys are left alone."""
-    is_kept(fleet, scsi(fleet.fresh))
+def decoys_are_same(fleet):
+    """The decoys are as they were, byte for byte, also after other disks were formatted."""
+    boot_with_decoys(fleet)
+    measured('%d decoys', len(fleet.decoys))
+    changed = [
+        name
+        for number, (name, disk) in enumerate(fleet.decoys.items())
+        if pathlib.Path('decoy-%d' % number).read_bytes() != disk.content
+    ]
+    assert not changed, changed
 
 
 def fresh_nvme(fleet):
-    """A fresh NVMe disk is formatted once, and then kept; the decoys are left alone."""
-    is_kept(fleet, nvme(b'\0' * SIZE))
+    """Beside them, a fresh NVMe disk is formatted once, and then kept."""
+    is_kept(boot_with_decoys(fleet), 'nvme')
 
 
-def is_kept(fleet, disk):
-    """Assert that a disk is formatted, and mounted as it is at the next boot."""
-    pathlib.Path('fresh').write_bytes(disk.content)
-    report = fleet.try_with({'fresh': disk}, 'try\necho data >/mnt/data\numount /mnt')
-    assert report['mounted'] == [FORMATTED], report
-    assert [line for line in report['said'] if 'Formatting' in line], report
-    report = fleet.try_with({'fresh': disk}, 'try\ncat /mnt/data\nls /mnt | sed s/^/file=/')
-    assert report['mounted'] == [FORMATTED] and 'data' in report, report
-    assert report['file'] == [WARNING, 'data', 'lost+found'], report
-    assert not [line for line in report['said'] if 'Formatting' in line], report
+def fresh_scsi(fleet):
+    """Beside them, a fresh SCSI disk is formatted once, and then kept."""
+    is_kept(boot_with_decoys(fleet), 'scsi')
+
+
+def is_kept(report, name):
+    """Assert that a disk was formatted, and mounted as it was the next time."""
+    assert report[name + '-mounts'] == report[name + '-again-mounts'] == [FORMATTED], report
+    assert [line for line in report[name] if 'Formatting' in line], report
+    assert not [line for line in report[name + '-again'] if 'Formatting' in line], report
+    assert report[name + '-file'] == [WARNING, 'data', 'lost+found'], report
 
 
 def second_model(fleet):
-    """So is an NVMe disk of the second model; of two fresh disks, one is left alone."""
-    pathlib.Path('first').write_bytes(b'\0' * SIZE)
-    pathlib.Path('second').write_bytes(b'\0' * SIZE)
-    disk = nvme(b'\0' * SIZE, model=MODEL + ' v2')
-    report = fleet.try_with({'first': disk, 'second': disk}, 'try\ntry', decoys=False)
-    assert report['mounted'] == [FORMATTED] * 2, report
-    assert report['said'][-1] == 'Something is mounted on /mnt: nothing to do', report
+    """So is an NVMe disk of the second model; of two, the other one is left alone."""
+    report = boot_others(fleet)
+    assert report['v2-mounts'] == report['mounted-mounts'] == [FORMATTED], report
+    assert report['mounted'] == ['Something is mounted on /mnt: nothing to do'], report
     changed = [any(pathlib.Path(name).read_bytes()) for name in ('first', 'second')]
     assert sorted(changed) == [False, True], changed
 
 
 def without_ntfs(fleet):
     """Where no NTFS can be read, the label has to do."""
-    pathlib.Path('fresh').write_bytes(fleet.fresh)
-    script = """
-mv /sbin/mount.ntfs-3g /sbin/mount.ntfs-3g.off
-try
-mv /sbin/mount.ntfs-3g.off /sbin/mount.ntfs-3g
-"""
-    report = fleet.try_with({'fresh': scsi(fleet.fresh)}, script, decoys=False)
-    assert report['mounted'] == [FORMATTED], report
+    report = boot_others(fleet)
+    assert report['label-mounts'] == [FORMATTED], report
 
 
 def mount_point(fleet):
     """A mount point that is in fstab or has files is left alone, and so is the disk."""
-    pathlib.Path('fresh').write_bytes(fleet.fresh)
-    script = """
-echo 'tmpfs /mnt tmpfs noauto' >>/etc/fstab
-try
-: >/etc/fstab
-mkdir /run/full
-: >/run/full/file
-try /run/full
-"""
-    report = fleet.try_with({'fresh': scsi(fleet.fresh)}, script, decoys=False)
-    assert report['said'] == [
-        '/mnt is in /etc/fstab: nothing to do',
-        'azure-temporary-disk: /run/full is not empty',
-    ], report
-    assert pathlib.Path('fresh').read_bytes() == fleet.fresh
+    report = boot_others(fleet)
+    assert report['fstab'] == ['/mnt is in /etc/fstab: nothing to do'], report
+    assert report['full'] == ['azure-temporary-disk: /run/full is not empty'], report
+    assert report['fresh'] == ['Temporary Storage'], report
 
 
 def hold(check, fleet):
@@ -405,7 +448,16 @@ def hold(check, fleet):
     check(fleet[0])
 
 
-CHECKS = [unit, only_decoys, fresh_scsi, fresh_nvme, second_model, without_ntfs, mount_point]
+CHECKS = [
+    unit,
+    only_decoys,
+    decoys_are_same,
+    fresh_nvme,
+    fresh_scsi,
+    second_model,
+    mount_point,
+    without_ntfs,
+]
 
 
 def main():
@@ -413,11 +465,11 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--disks', type=os.path.abspath)
-    parser.add_argument('--only', metavar='CHECK', help='the check of this name, and unit')
+    parser.add_argument('--only', metavar='CHECK', help='the check of this name')
     options = lib.parse(parser)
     recipes.PACKAGES['disks'] = PACKAGES
     recipes.TREES['disks'] = options.disks
-    checks = [each for each in CHECKS if each is unit or options.only in (None, each.__name__)]
+    checks = [each for each in CHECKS if options.only in (None, each.__name__)]
     print('1..%d' % len(checks), flush=True)
     fleet = []
     with lib.in_own_folder():

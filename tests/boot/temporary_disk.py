@@ -149,6 +149,8 @@ OTHERS = """
 fresh=$disk
 echo 'tmpfs /mnt tmpfs noauto' >/etc/fstab
 try fstab
+echo 'LABEL=Temporary\\040Storage /data ntfs nofail' >/etc/fstab
+try labelled
 : >/etc/fstab
 mkdir /run/full
 : >/run/full/file
@@ -187,6 +189,7 @@ class Maker:
 
     def __init__(self):
         self.image = recipes.Image('disks')
+        self.made = 0
 
     def run(self, commands, size=SIZE - (1 << 20)):
         """Run commands on a file of zeros, and return what it is then."""
@@ -201,7 +204,9 @@ class Maker:
         for name in names:
             (self.image.files / name).write_text('text')
             copy += "; ntfscp -f file '%s' '%s'" % (name, name)
-        return self.run("mkfs.ntfs -q -Q -F -p 2048 -H 16 -S 63 -L '%s' file%s" % (label, copy))
+        made = self.run("mkfs.ntfs -q -Q -F -p 2048 -H 16 -S 63 -L '%s' file%s" % (label, copy))
+        self.made += 1  # a UUID of its own, although it is made in the same second as another one
+        return made[:72] + struct.pack('<Q', 0x1122334455667700 + self.made) + made[80:]
 
     def ext4(self, label):
         return self.run("mke2fs -q -t ext4 -L '%s' file" % label)
@@ -435,6 +440,7 @@ def mount_point(fleet):
     """A mount point that is in fstab or has files is left alone, and so is the disk."""
     report = boot_others(fleet)
     assert report['fstab'] == ['/mnt is in /etc/fstab: nothing to do'], report
+    assert 'is in use, or in /etc/fstab' in report['labelled'][0], report
     assert report['full'] == ['azure-temporary-disk: /run/full is not empty'], report
     assert report['fresh'] == ['Temporary Storage'], report
 

@@ -1581,6 +1581,8 @@ def run_second_dhclient(interface):
     changes nothing here.
     """
     words = find_process('dhclient', interface).split(' ')[2:]
+    if not words:  # it has ended
+        return False
     leases = find_value('-lf', words) or '/var/lib/dhcp/dhclient.leases'
     configuration = find_value('-cf', words) or '/etc/dhcp/dhclient.conf'
     if not ask('grep', '-x', 'send host-name = gethostname();', configuration):

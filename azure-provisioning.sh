@@ -1999,6 +1999,7 @@ identify() {
 run_second_dhclient() {
     local IFS=' ' words leases second word told=''
     find_process dhclient
+    [ -n "$value" ] || return # it has ended
     words=${value#* }
     words=${words#* } # without the PID and the command
     find_value -lf "$words"

@@ -54,6 +54,13 @@ ChallengeResponseAuthentication yes
 """
 BUSYBOX = ['adduser', 'addgroup', 'chpasswd']
 NO_RIGHT = 'user: sudo does not say that %s may do all without a password' % USER
+USR_UNIT = """[Service]
+ExecStartPre=
+ExecStart=
+ExecStart=/usr/local/sbin/sshd -D
+ExecReload=
+ExecReload=/bin/kill -HUP $MAINPID
+"""
 USR_SSHD = '#!/bin/sh\nexec /usr/sbin/sshd -f /usr/etc/ssh/sshd_config "$@"\n'
 SLOW = """[Unit]
 DefaultDependencies=no
@@ -313,6 +320,7 @@ def in_usr(machine):
     machine.write('usr/etc/ssh/sshd_config', pathlib.Path(default).read_text())
     machine.hide('etc/ssh/sshd_config')
     machine.write('usr/local/sbin/sshd', USR_SSHD, 0o755)
+    machine.write('etc/systemd/system/ssh.service.d/usr.conf', USR_UNIT)
     has_dvd(machine, disable='true')
     with Azure(has_user(machine, 'id_ed25519')) as host:
         report = machine.boot()

@@ -263,7 +263,7 @@ def power_cut(machine):
         (good(health=SILENT), 'none', asked('health'), True),
         (good(computerName=SILENT), 'none', asked('computerName'), True),
         (good(), 'hostnamectl', asked('in-hostnamectl-set-hostname'), True),
-        (good(), 'systemctl', asked('in-systemctl-disable'), True),
+        (good(), 'systemctl', asked('in-systemctl---no-reload'), True),
         (good(), 'none', lambda up: not machine.enabled(), False),
     ):
         machine.write('usr/local/sbin/' + blocked, BLOCK % blocked, 0o755)

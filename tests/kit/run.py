@@ -38,6 +38,16 @@ BUSY = 4 * len(
 WAITING = 32  # runs at once that wait
 NOTHING = 3  # exit status where nothing was run
 OFTEN = 5  # seconds from one word of progress to the next
+# Runs a program with a umask, and tells the hostname that the machine has afterwards.
+OBSERVED = """
+umask "$1"
+file=$2
+shift 2
+"$@"
+code=$?
+read -r name <%s && echo "$name" >"$file"
+exit "$code"
+""" % sandbox.HOSTNAME
 
 
 def command_line(program):
@@ -63,9 +73,8 @@ class Run:
         with Host(case.answers) as self.host, tempfile.TemporaryDirectory() as folder:
             self.folder = folder
             self.home, self.root = os.path.join(folder, 'home'), os.path.join(folder, 'root')
-            self.trace, self.commands = (
-                os.path.join(folder, 'trace'),
-                os.path.join(folder, 'commands'),
+            self.trace, self.commands, self.hostname = (
+                os.path.join(folder, name) for name in ('trace', 'commands', 'hostname')
             )
             self.prepare()
             self.did = self.start(environment)
@@ -76,6 +85,7 @@ class Run:
         """Put in place what the case has."""
         os.mkdir(self.home)
         files.write(self.commands, b'')
+        files.write(self.hostname, b'')
         if self.case.curlrc is not None:
             curlrc = self.case.curlrc.replace('{elsewhere}', self.host.elsewhere)
             files.write(os.path.join(self.home, '.curlrc'), curlrc.encode())
@@ -104,7 +114,8 @@ class Run:
         words = command_line(self.program) + self.case.arguments
         root = self.root if self.case.before is not None else None
         if root:
-            words = self.tracer() + words
+            observed = [shutil.which('sh'), '-c', OBSERVED, 'sh', self.case.umask, self.hostname]
+            words = observed + self.tracer() + words
         process = sandbox.start(
             words,
             (self.host.wireserver, self.host.imds),
@@ -129,6 +140,7 @@ class Run:
             'requests': ''.join(request.line + '\n' for request in requests),
             'posted': ''.join(each.body.decode('latin-1') + '\n' for each in requests if each.body),
             'commands': as_text(files.contents(self.commands)),
+            'hostname': as_text(files.contents(self.hostname)),
             'waits': [later - sooner for sooner, later in zip(moments, moments[1:])],
             'stdout': as_text(stdout),
             'stderr': as_text(stderr),
@@ -214,11 +226,11 @@ def impossible(case):
 
 def waits(case):
     """Whether most of the case's time is waiting."""
-    faults = [
-        answer.data for given in case.answers.values() for answer in given if answer.kind == 'fault'
-    ]
-    return any(word in faults for word in ('silent', 'drip', 'drip-head')) or any(
-        'waits' in each for each in case.expected
+    answers = [answer for given in case.answers.values() for answer in given]
+    return (
+        any(answer.kind == 'slow' for answer in answers)
+        or any(answer.data in ('silent', 'drip', 'drip-head') for answer in answers)
+        or any('waits' in each for each in case.expected)
     )
 
 

@@ -45,9 +45,9 @@ file=$2
 shift 2
 "$@"
 code=$?
-read -r name <%s && echo "$name" >"$file"
+read -r name </proc/sys/kernel/hostname && echo "$name" >"$file"
 exit "$code"
-""" % sandbox.HOSTNAME
+"""
 
 
 def command_line(program):

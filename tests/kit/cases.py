@@ -41,8 +41,11 @@ TEXTS = EXPECTED + (
     'failing',
     'missing',
     'umask',
+    'output',
+    'signal',
 )
 TABLES = ('values', 'settings', 'answers')  # of names; those of a case are added to the common ones
+OUTPUTS = ('full', 'gone')  # what cannot be written to
 ADDED = ('before', 'files')  # so are the lines of these
 REPLY = re.compile(r'HTTP ([^\["]*?)((?: \[.*?\])*)(?: (".*"))?', re.DOTALL)
 CELL = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^" ]| (?! ))+')
@@ -303,9 +306,13 @@ class Case:
                 self.settings[each.upper()] = layer.texts[each].strip()
         self.curlrc = layer.texts.get('curlrc')
         self.without_network = 'network' in layer.texts
+        self.output = layer.texts.get('output', '').strip()
+        self.signal = layer.texts.get('signal', '').strip()
         self.umask = layer.texts.get('umask', '022').strip()
         self.answers = self.answers_of(layer)
         self.before = None
+        if self.output not in ('', *OUTPUTS):
+            raise BadCase('no such output: %s' % self.output)
         if 'umask' in layer.texts and 'files' not in layer.texts:
             raise BadCase('an umask is looked at with files only')
         if 'before' in layer.texts or 'files' in layer.texts:

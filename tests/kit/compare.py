@@ -20,6 +20,7 @@ OUR_HEADERS = {
     'Accept-Encoding': 'identity',
     'Connection': 'close',
 }
+FORBIDDEN = ('cookie',)
 USAGE = re.compile('^usage: .*', re.MULTILINE | re.DOTALL)
 WIDTH = 110  # of a line that is shown whole
 MOST = 12  # lines that are shown
@@ -130,7 +131,8 @@ def same_xml(*texts):
     """Whether lines of XML say the same."""
 
     def tree(element):
-        return element.tag, (element.text or '').strip(), [tree(child) for child in element]
+        texts = [(each or '').strip() for each in (element.text, element.tail)]
+        return element.tag, element.attrib, texts, [tree(child) for child in element]
 
     try:
         one, other = (
@@ -156,7 +158,11 @@ def wrong_headers(requests, strict):
             if request.body:
                 wanted['Content-Length'] = str(len(request.body))
         wanted = {name.lower(): value for name, value in wanted.items()}
-        kept = {name: value for name, value in sent.items() if strict or name in wanted}
+        kept = {
+            name: value
+            for name, value in sent.items()
+            if strict or name in wanted or name in FORBIDDEN
+        }
         if kept != wanted:
             shown = [
                 ''.join('%s: %s\n' % header for header in sorted(headers.items()))

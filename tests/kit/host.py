@@ -101,6 +101,7 @@ class Host:
         self.asked = collections.Counter()
         self.lock = threading.Lock()
         self.ended = threading.Event()
+        self.requested = threading.Event()
         self.sockets = []
         self.elsewhere = ''
 
@@ -175,6 +176,7 @@ class Host:
         request = Request(re.sub(r' HTTP/1\.1$', '', line), headers, body, time.monotonic(), server)
         with self.lock:
             self.requests.append(request)
+        self.requested.set()
         return request
 
     def answer(self, request):

@@ -116,6 +116,7 @@ class Run:
         if root:
             observed = [shutil.which('sh'), '-c', OBSERVED, 'sh', self.case.umask, self.hostname]
             words = observed + self.tracer() + words
+        outputs = self.outputs()
         process = sandbox.start(
             words,
             (self.host.wireserver, self.host.imds),
@@ -123,11 +124,14 @@ class Run:
             root,
             self.case.without_network,
             cwd=self.home,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
             start_new_session=True,
+            **outputs,
         )
+        if self.case.output:
+            os.close(outputs['stdout'])
         try:
+            if self.case.signal:
+                self.disturb(process)
             stdout, stderr = process.communicate(timeout=LIMIT)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
@@ -136,15 +140,31 @@ class Run:
         requests = list(self.host.requests)
         moments = [request.time for request in requests] + [time.monotonic()]
         return {
-            'exit': '%d\n' % process.returncode,
+            'exit': '%d\n' % exit_status(process.returncode),
             'requests': ''.join(request.line + '\n' for request in requests),
             'posted': ''.join(each.body.decode('latin-1') + '\n' for each in requests if each.body),
             'commands': as_text(files.contents(self.commands)),
             'hostname': as_text(files.contents(self.hostname)),
             'waits': [later - sooner for sooner, later in zip(moments, moments[1:])],
-            'stdout': as_text(stdout),
-            'stderr': as_text(stderr),
+            'stdout': as_text(stdout or b''),
+            'stderr': as_text(stderr or b''),
         }
+
+    def outputs(self):
+        """Where the program prints to."""
+        if self.case.output == 'full':
+            output = os.open('/dev/full', os.O_WRONLY)
+        elif self.case.output == 'gone':
+            reader, output = os.pipe()
+            os.close(reader)
+        else:
+            return {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE}
+        return {'stdout': output, 'stderr': output}
+
+    def disturb(self, process):
+        """Send the program a signal once it has sent a request."""
+        if self.host.requested.wait(LIMIT):
+            process.send_signal(getattr(signal, 'SIG' + self.case.signal))
 
     def look(self):
         """See what became of the files, and whether something happened that must not."""
@@ -183,6 +203,11 @@ class Run:
             for name, said in texts.items()
             if SECRET in said
         ]
+
+
+def exit_status(code):
+    """The exit status as a shell says it: 128 and more for a signal."""
+    return 128 - code if code < 0 else code
 
 
 def as_text(printed):

@@ -74,6 +74,13 @@ settings = types.SimpleNamespace(
     dry_run=False,
 )
 
+# What changes during a run.
+progress = types.SimpleNamespace(
+    has_reply=False,  # whether a server has answered, with whatever
+    quick_looks=1200,  # at the routes, ten times a second; later, one a second is enough
+)
+
+CONNECT_LIMIT = 3  # seconds of the timeout, at most, to connect
 BODY_LIMIT = 65536  # bytes of a reply's body
 ENOUGH_ABSENCES = 5  # IMDS has to say so often that it has no such value
 SPACE = ' \t\n\r'  # the characters that are white space in XML
@@ -108,13 +115,15 @@ class Failed(Exception):
     """A step, or an attempt at a request, failed. The text is the reason, for a line on stderr.
 
     status: the HTTP status of the reply, if that is the reason.
+    no_reply: whether the server did not answer.
     absent: whether IMDS said that it has no such value.
     last_attempt: why the last attempt failed, to be added where Azure is told the reason.
     """
 
-    def __init__(self, reason, status=0, absent=False, last_attempt=''):
+    def __init__(self, reason, status=0, no_reply=False, absent=False, last_attempt=''):
         super().__init__(reason)
         self.status = status
+        self.no_reply = no_reply
         self.absent = absent
         self.last_attempt = last_attempt
 
@@ -252,6 +261,16 @@ def run(*command, input_line=None):
     return True
 
 
+def run_twice(*command):
+    """Run a command as run does. If it fails, try it again: D-Bus may not have been up."""
+    if run(*command):
+        return True
+    if not has_command(command[0]):
+        return False
+    time.sleep(1)
+    return run(*command)
+
+
 def run_always(*command, input_line=None):
     """Run a command as run does, but in a dry run, too: it changes nothing that stays."""
     given = None if input_line is None else f'{input_line}\n'.encode(BYTE_ENCODING)
@@ -341,11 +360,13 @@ def exchange(label, url, headers, data=None, limit=BODY_LIMIT):
     thread.join(settings.timeout)
     problem, status, body = reply.problem, reply.status, reply.body  # the thread may still run
     hang_up(reply.socket)
+    no_reply = status == 0 and problem in ('no connection', 'timed out')
+    progress.has_reply = progress.has_reply or not no_reply
     is_good = status == 200 or (data is not None and 200 <= status < 300)
     if status != 0 and not is_good:  # a bad status says more than what went wrong after it
         raise Failed(f'{label}: HTTP {status}', status)
     if problem:
-        raise Failed(f'{label}: {problem}')
+        raise Failed(f'{label}: {problem}', no_reply=no_reply)
     return status, body
 
 
@@ -371,11 +392,13 @@ def transfer(url, headers, data, limit, reply):
     }
     method = 'GET' if data is None else 'POST'
     try:
-        connection = http.client.HTTPConnection(host_and_port, timeout=settings.timeout)
+        connect_limit = min(CONNECT_LIMIT, settings.timeout)
+        connection = http.client.HTTPConnection(host_and_port, timeout=connect_limit)
         connection.response_class = StrictResponse
         with contextlib.closing(connection):
             connection.connect()
             reply.socket = connection.sock
+            reply.socket.settimeout(settings.timeout)
             connection.request(method, f'/{path}', data, all_headers)
             response = connection.getresponse()
             reply.status = response.status
@@ -430,19 +453,52 @@ def retry(step, function, *arguments, optional=False, attempts=None):
     """
     attempts = attempts or settings.attempts
     absences = 0
+    reason = ''
     for attempt in range(1, attempts + 1):
+        routes = read_routes()
         try:
             return function(*arguments)
-        except Failed as failure:
+        except Failed as error:
+            failure = error
+        if str(failure) != reason or is_power_of_two(attempt):
             complain(f'{step}: attempt {attempt} of {attempts}: {failure}')
-            reason = str(failure)
-            if failure.absent:
-                absences += 1
+        reason = str(failure)
+        if failure.absent:
+            absences += 1
         if optional and absences >= min(ENOUGH_ABSENCES, attempts):
             return ''
         if attempt < attempts:
-            time.sleep(min(attempt, settings.interval))
-    raise Failed(f'gave up after {attempts} attempts', last_attempt=f': {reason}')
+            wait_for(min(attempt, settings.interval), routes if failure.no_reply else None)
+    question = ''
+    if failure.no_reply and not progress.has_reply:
+        question = '; is this a VM on Azure?'
+    raise Failed(f'gave up after {attempts} attempts{question}', last_attempt=f': {reason}')
+
+
+def is_power_of_two(number):
+    """Whether a number is 1, 2, 4, 8 or the like: the same failure is not said more often."""
+    return number & (number - 1) == 0
+
+
+def wait_for(seconds, routes):
+    """Wait. If routes are given, wait only until there are others: the network has come up."""
+    if routes is None:
+        time.sleep(seconds)
+        return
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and read_routes() == routes:
+        if progress.quick_looks > 0:
+            progress.quick_looks -= 1
+            time.sleep(0.1)
+        else:
+            time.sleep(1)
+
+
+def read_routes():
+    """Return what the kernel says of the routes, '' if it does not."""
+    with contextlib.suppress(OSError), open('/proc/self/net/route') as file:
+        return file.read()
+    return ''
 
 
 # ---- Step ready: the goal state and the health report ------------------------------------------
@@ -523,13 +579,13 @@ def read_xml(root_name, document):
 
 
 def find_text(root, path):
-    """Return the text of the first element at a path, '' if there is none.
-
-    INVALID stands for the text of an element that has elements in it.
-    """
+    """Return the text of the first element at a path, '' if there is none."""
     element = root.find(path)
-    if element is None:
-        return ''
+    return '' if element is None else text_of(element)
+
+
+def text_of(element):
+    """Return the text of an element; INVALID if it has elements in it."""
     if len(element) > 0:
         return INVALID
     return element.text or ''
@@ -564,35 +620,58 @@ def set_hostname():
     An empty reply does not say so. It is a failed attempt, like any other reply that is no use.
     """
     say('Retrieving hostname from IMDS')
-    name = retry('hostname', request_text, 'osProfile/computerName', optional=True)
+    name, _ = request_property('hostname', 'osProfile/computerName', 'HostName', optional=True)
     if not name:
         name = retry('hostname', request_text, 'name')
+    name = name.replace('_', '-')  # systemd would drop it
     if not is_hostname(name):
         raise Failed('no valid hostname')
     say(f'Hostname: {name}')
-    if not run('hostnamectl', 'set-hostname', name):
-        write_file('/etc/hostname', 0o644, f'{name}\n'.encode())
-        set_kernel_hostname(name)
+    if not run_twice('hostnamectl', 'set-hostname', name):
+        store_hostname(name)
 
 
 def is_hostname(text):
-    """Whether a text is a hostname, of up to 64 characters, or 63 if there is no dot among them."""
-    longest = 64 if '.' in text else 63
-    return (
-        re.fullmatch('[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?', text) is not None
-        and '..' not in text
-        and len(text) <= longest
-    )
+    """Whether a text is a hostname: labels with dots between them, of up to 64 characters."""
+    label = '[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?'
+    return re.fullmatch(f'{label}([.]{label})*', text) is not None and len(text) <= 64
+
+
+def store_hostname(name):
+    """Set the hostname without systemd: until the next boot in the kernel, and in a file."""
+    problems = ['hostnamectl failed'] if has_command('hostnamectl') else []
+    is_set = is_stored = False
+    try:
+        set_kernel_hostname(name)
+        is_set = True
+    except OSError:
+        problems.append("cannot set the kernel's hostname")
+    try:
+        write_file('/etc/hostname', 0o644, f'{name}\n'.encode())
+        is_stored = True
+    except Failed as failure:
+        until = f', so {name} lasts until the next boot' if is_set else ''
+        problems.append(f'{failure}{until}')
+    if not is_set or not is_stored:
+        raise Failed('; '.join(problems))
 
 
 def set_kernel_hostname(name):
-    """Set the hostname until the next boot, which reads /etc/hostname."""
-    if settings.dry_run:
-        return
-    try:
+    """Set the kernel's hostname. Raise OSError if that is not possible."""
+    if not settings.dry_run:
         socket.sethostname(name)
-    except OSError:
-        raise Failed("cannot set the kernel's hostname") from None
+
+
+def request_property(step, leaf, element, optional=False):
+    """Return a property that the user gave the VM, squeezed, and the DVD if it comes from there.
+
+    Raise Failed, or return '', as retry does for the value from IMDS.
+    """
+    if has_dvd():  # it has the properties, too
+        text, dvd = request_from_both(step, leaf, element, optional)
+        if text:
+            return text, dvd
+    return retry(step, request_text, leaf, optional=optional), None
 
 
 def request_text(leaf):
@@ -609,13 +688,27 @@ def request_leaf(leaf, limit=BODY_LIMIT):
     Raise Failed if it cannot be had. It is absent if the status is 404, or 400: an IMDS that is
     too old to know a value says so.
     """
-    version = '2019-06-01' if leaf == 'name' else '2021-02-01'  # an old IMDS has at least the name
+    version = find_version(leaf)
     url = f'{settings.imds}/metadata/instance/compute/{leaf}?api-version={version}&format=text'
     try:
         _, body = exchange(label_of(leaf), url, {'Metadata': 'true'}, limit=limit)
     except Failed as failure:
         raise Failed(str(failure), absent=failure.status in (400, 404)) from None
     return body.decode(BYTE_ENCODING)
+
+
+def find_version(leaf):
+    """Return the first version of IMDS that has a value: an old IMDS knows no other."""
+    if leaf.startswith('publicKeys'):
+        return '2018-04-02'
+    return {
+        'name': '2017-04-02',
+        'vmId': '2017-04-02',
+        'osProfile/computerName': '2020-07-15',
+        'osProfile/adminUsername': '2020-07-15',
+        'osProfile/disablePasswordAuthentication': '2020-10-01',
+        'userData': '2021-01-01',
+    }[leaf]
 
 
 def label_of(leaf):
@@ -629,7 +722,8 @@ def label_of(leaf):
 def disable_unit():
     """Disable the service, of systemd or OpenRC, so that the next boot does not run it."""
     sync_all()
-    disabled = run('systemctl', 'disable', 'azure-provisioning.service')
+    # Without --no-reload, systemd would run all of its generators again.
+    disabled = run('systemctl', '--no-reload', 'disable', 'azure-provisioning.service')
     if not disabled and not run('rc-update', 'del', 'azure-provisioning'):
         raise Failed('neither systemctl nor rc-update disabled azure-provisioning')
     say_done('Disabled azure-provisioning.service')
@@ -642,7 +736,8 @@ def sync_all():
 
 
 # ================================================================================================
-# The default run ends here. What follows runs only if another step is named.
+# The default run ends here. What follows runs only if another step is named; and the section about
+# the DVD, if there is one, and IMDS does not have the hostname.
 # ================================================================================================
 
 
@@ -653,7 +748,8 @@ def report_not_ready(reason):
     """Report to the WireServer that this VM will not be Ready, so that nobody waits for it."""
     now = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
     agent = f'azure-provisioning/{VERSION}'
-    text = f'result=error|reason={reason}|agent={agent}|vm_id={read_vm_id()}|timestamp={now}'
+    vm_id = request_vm_id() or read_vm_id()
+    text = f'result=error|reason={reason}|agent={agent}|vm_id={vm_id}|timestamp={now}'
     text = os.fsencode(text).decode(BYTE_ENCODING)  # one character for each byte
     description = re.sub('[^ -~]', ' ', text[:512])  # ' ' to '~': ASCII that can be printed
     description = re.sub('[&<>]', ' ', description)
@@ -670,13 +766,27 @@ def report_not_ready(reason):
         complain(f'NotReady: {failure}')
 
 
+def request_vm_id():
+    """Return the id of this VM as Azure's portal shows it, '' if IMDS does not tell it at once."""
+    try:
+        vm_id = request_text('vmId')
+    except Failed:
+        return ''
+    return vm_id if is_vm_id(vm_id) else ''
+
+
 def read_vm_id():
-    """Return the id of this VM in lower case, or '' if the firmware does not tell one."""
+    """Return the id of this VM, '' if the firmware does not tell one."""
     try:
         vm_id = read_file('/sys/class/dmi/id/product_uuid').lower()
     except Failed:
         return ''
-    return vm_id if re.fullmatch('[0-9a-f-]{36}', vm_id) else ''
+    return vm_id if is_vm_id(vm_id) else ''
+
+
+def is_vm_id(text):
+    """Whether a text is the id of a VM: 36 digits, small letters and dashes."""
+    return re.fullmatch('[0-9a-f-]{36}', text) is not None
 
 
 def read_file(path):
@@ -711,14 +821,17 @@ KEY_BEGINNINGS = (
 )
 
 
+NO_LOGIN = 'no valid SSH key, and no password'
+
+
 def create_user():
     """Create the admin user, unless there is one, and let it log in with its keys."""
     say('Retrieving user from IMDS')
-    name = retry('user', request_text, 'osProfile/adminUsername')
+    name, dvd = request_property('user', 'osProfile/adminUsername', 'UserName')
     if not is_user_name(name):
         raise Failed('no valid user name')
     say(f'User: {name}')
-    keys = request_keys()
+    keys = request_keys() if dvd is None else find_keys(dvd)
     if not find_account(name):
         shell = '/bin/bash' if os.access('/bin/bash', os.X_OK) else '/bin/sh'
         if not run('useradd', '-m', '-s', shell, name):
@@ -747,24 +860,62 @@ def is_user_name(text):
 
 def request_keys():
     """Return the user's valid SSH keys. Raise Failed if there is neither a key nor a password."""
-    names = split_words(retry('user', request_leaf, 'publicKeys', optional=True))
+    keys, has_text = request_imds_keys(optional=True)
+    if keys:
+        return keys
+    leaf = 'osProfile/disablePasswordAuthentication'
+    if retry('user', request_text, leaf, optional=True) == 'false':
+        return []
+    if has_dvd():
+        with contextlib.suppress(Failed):
+            return find_keys(retry('user', request_dvd, attempts=DVD_ATTEMPTS))
+    if not has_text:  # IMDS may not have it yet
+        with contextlib.suppress(Failed):
+            keys, _ = request_imds_keys(optional=False)
+    if not keys:
+        raise Failed(NO_LOGIN)
+    return keys
+
+
+def request_imds_keys(optional):
+    """Return the valid SSH keys of IMDS, and whether it has any text as a key.
+
+    optional: there may be no keys, and empty ones.
+    """
+    request = request_leaf if optional else request_text
+    names = split_words(retry('user', request, 'publicKeys', optional=optional))
     keys = []
+    has_text = False
     for number, name in enumerate(names):  # 0/ 1/ 2/ and so on
         if name not in (f'{number}/', str(number)) or number > 99:
             raise Failed('publicKeys: no valid list')
-        text = retry('user', request_leaf, f'publicKeys/{number}/keyData', optional=True)
-        key = squeeze(remove_characters('\r\n', text))  # Azure may break a key into lines
-        if is_ssh_key(key):
-            say(f'SSH key: {key.split()[0]}')
-            keys.append(key)
-        else:
-            complain(f'user: publicKeys/{number}: no OpenSSH public key')
-    if not keys:
-        leaf = 'osProfile/disablePasswordAuthentication'
-        no_passwords = squeeze(retry('user', request_leaf, leaf, optional=True))
-        if no_passwords != 'false':
-            raise Failed('no valid SSH key, and no password')
+        text = retry('user', request, f'publicKeys/{number}/keyData', optional=optional)
+        has_text = has_text or text != ''
+        keys += take_key(number, text)
+    return keys, has_text
+
+
+def find_keys(dvd):
+    """Return the user's valid SSH keys on the DVD. Raise Failed as request_keys does."""
+    keys = []
+    elements = dvd.findall(f'{OVF_PATH}/SSH/PublicKeys/PublicKey/Value')
+    for number, element in enumerate(elements):
+        text = text_of(element).encode().decode(BYTE_ENCODING)
+        keys += take_key(number, text)
+    no_passwords = squeeze(find_text(dvd, f'{OVF_PATH}/DisableSshPasswordAuthentication')).lower()
+    if not keys and no_passwords != 'false':
+        raise Failed(NO_LOGIN)
     return keys
+
+
+def take_key(number, text):
+    """Return a list of the SSH key in a text, which is empty if there is none; say so, or not."""
+    key = squeeze(remove_characters('\r\n', text))  # Azure may break a key into lines
+    if not is_ssh_key(key):
+        complain(f'user: publicKeys/{number}: no OpenSSH public key')
+        return []
+    say(f'SSH key: {key.split()[0]}')
+    return [key]
 
 
 def remove_characters(characters, text):
@@ -932,7 +1083,8 @@ def add_last_line(text, line):
 
 DVD_FOLDER = '/run/azure-provisioning/dvd'
 OVF_FILE = f'{DVD_FOLDER}/ovf-env.xml'
-DVD_ATTEMPTS = 5
+DVD_ATTEMPTS = 30  # the drive, or the medium in it, may come late
+PATIENCE = 60  # attempts at a value of IMDS that is also on the DVD
 DATA_LIMIT = 122880  # bytes, of ovf-env.xml or user data: room for 64 KiB in base64
 OVF_PATH = 'ProvisioningSection/LinuxProvisioningConfigurationSet'
 
@@ -963,13 +1115,34 @@ def is_utf_8(document):
     return is_ascii or encoding is None or encoding.group(1).upper() in (b'UTF-8', b'US-ASCII')
 
 
+def has_dvd():
+    """Whether there is a drive, so that the program can wait for the DVD in it."""
+    return os.path.exists('/dev/sr0')
+
+
+def request_from_both(step, leaf, element, optional):
+    """Do the work of request_property: ask IMDS, but not for long, and then look on the DVD.
+
+    Return '' and None if neither has the property. The IMDS of Azure Stack has none of them.
+    """
+    attempts = min(PATIENCE, settings.attempts)
+    with contextlib.suppress(Failed):
+        text = retry(step, request_text, leaf, optional=optional, attempts=attempts)
+        if text:
+            return text, None
+    with contextlib.suppress(Failed):
+        dvd = retry(step, request_dvd, attempts=DVD_ATTEMPTS)
+        return squeeze(find_text(dvd, f'{OVF_PATH}/{element}')), dvd
+    return '', None
+
+
 def mount_dvd():
     """Mount the DVD where only root can see it, unless it is mounted: an umount may have failed."""
     mount = ['mount', '-t', 'udf,iso9660', '-o', 'ro,nosuid,nodev,noexec', '/dev/sr0', DVD_FOLDER]
     run_always('mkdir', '-p', DVD_FOLDER)
     if os.path.exists(OVF_FILE):
         return
-    if not os.path.exists('/dev/sr0') or not run_always(*mount):
+    if not has_dvd() or not run_always(*mount):
         raise Failed('ovf-env.xml: no DVD')
 
 
@@ -1131,10 +1304,19 @@ def is_remembered():
         remembered = read_file(VM_ID_FILE)
     except Failed:
         remembered = ''
-    if remembered == '' or remembered != read_vm_id():
+    vm_id = read_vm_id()
+    if not vm_id or remembered not in (vm_id, swap_bytes(vm_id)):
         return False
     say(f'Already provisioned: {remembered}')
     return True
+
+
+def swap_bytes(vm_id):
+    """Return an id with the bytes of its first three groups in the other order.
+
+    Firmware shows the id of a VM in one order or the other. An update may change it.
+    """
+    return re.sub('^(..)(..)(..)(..)-(..)(..)-(..)(..)-', r'\4\3\2\1-\6\5-\8\7-', vm_id)
 
 
 if __name__ == '__main__':

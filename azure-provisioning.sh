@@ -4,7 +4,7 @@
 #
 # Arguments, settings and exit statuses: see USAGE. Errors: a step that fails says so on stderr.
 # Needs sleep, and curl; or wget, with timeout, head and tr. If hostnamectl fails, it needs chmod,
-# hostname, mkdir, mv, rm and sync. The other steps also need base64, chown, cp, date, ls and tr.
+# hostname, mkdir, mv, rm and sync. The other steps also need base64, chown, cp, date, ls, sed, tr.
 # Sources: https://learn.microsoft.com/azure/virtual-machines/linux/no-agent for the WireServer,
 # .../linux/provisioning for the DVD, .../instance-metadata-service for IMDS.
 #
@@ -66,6 +66,11 @@ INTERVAL=${AZURE_PROVISIONING_INTERVAL-5} # seconds
 TIMEOUT=${AZURE_PROVISIONING_TIMEOUT-30}  # seconds
 DRY_RUN=
 
+# What changes during a run.
+has_reply=''     # whether a server has answered, with whatever
+quick_looks=1200 # at the routes, ten times a second; later, one a second is enough
+
+CONNECT_LIMIT=3   # seconds of the timeout, at most, to connect
 BODY_LIMIT=65536  # bytes of a reply's body
 ENOUGH_ABSENCES=5 # IMDS has to say so often that it has no such value
 NEWLINE='
@@ -250,6 +255,17 @@ run() {
     "$@" || return 1
 }
 
+# run_twice COMMAND [ARGUMENT]...: run a command as run does. If it fails, try it again: D-Bus may
+# not have been up.
+run_twice() {
+    if run "$@"; then
+        return
+    fi
+    has_command "$1" || return 1
+    sleep 1
+    run "$@"
+}
+
 # say_done LINE: print that something has been changed; a dry run does not print it
 say_done() {
     if [ -z "$DRY_RUN" ]; then
@@ -325,7 +341,7 @@ sync_path() {
 
 # exchange LABEL URL DATA LIMIT [--header HEADER]...: send a POST with the data, or a GET if they
 # are ''; sets $status of the reply, 000 without one, and $body. Can fail: the reason has the
-# label.
+# label. Sets $no_reply if the server did not answer.
 #
 # Good is status 200, and for a POST any 2xx. The limit is that of the body, in bytes.
 exchange() {
@@ -348,6 +364,10 @@ exchange() {
         problem='no curl or wget'
         hopeless=yes # see retry
     fi
+    case $status:$problem in
+    '000:no connection' | '000:timed out') no_reply=yes ;;
+    *) has_reply=yes ;;
+    esac
     case $status in # a bad status says more than what went wrong after it
     000 | 200) ;;
     2??) [ -n "$data" ] || fail "$label: HTTP $status" || return ;;
@@ -362,14 +382,18 @@ exchange() {
 #     SIZE of the body
 #     PROBLEM, or none
 send_with_curl() {
-    local bytes_a_second
+    local bytes_a_second connect_limit=$CONNECT_LIMIT
+    if [ "$TIMEOUT" -lt "$connect_limit" ]; then
+        connect_limit=$TIMEOUT
+    fi
     if [ -n "$data" ]; then
         set -- "$@" --data-binary "$data"
     fi
     # Before curl 8.4, --max-filesize does not stop a body whose size is not announced. At this
     # rate, no more than four times the limit, and 4 KiB for each second, come within TIMEOUT.
     bytes_a_second=$((4 * limit / TIMEOUT + 4096))
-    curl -q --silent --fail --noproxy '*' --proto =http --max-time "$TIMEOUT" \
+    curl -q --silent --fail --noproxy '*' --proto =http \
+        --connect-timeout "$connect_limit" --max-time "$TIMEOUT" \
         --max-filesize "$limit" --limit-rate "$bytes_a_second" \
         --write-out '\n%{http_code}\n%{size_download}\n' "$@" "$url"
     case $? in
@@ -389,7 +413,9 @@ send_with_wget() {
         set -- "$@" --post-data "$data"
     fi
     case $(wget --help 2>&1) in
-    *--max-redirect*) set -- --no-config --tries=1 --max-redirect=0 "$@" ;; # only GNU's has these
+    *--max-redirect*) # only GNU's has these
+        set -- --no-config --tries=1 --max-redirect=0 --connect-timeout=$CONNECT_LIMIT "$@"
+        ;;
     esac
     # wget's stdout, the body, becomes our stdout, by way of 3. Its stderr is caught in a variable.
     { said=$(timeout "$TIMEOUT" wget -q -S -Y off -O - "$@" "$url" 2>&1 >&3); } 3>&1
@@ -454,6 +480,7 @@ take_reply() {
 # set $value to ''. An empty reply is no such answer.
 retry() {
     local step="$1" attempts="$2" kind="$3" attempt=0 absences=0 enough=$ENOUGH_ABSENCES
+    local last_reason='' routes_before question=''
     shift 3
     if [ "$attempts" -lt "$enough" ]; then
         enough=$attempts
@@ -461,11 +488,17 @@ retry() {
     while :; do
         attempt=$((attempt + 1))
         absent=''   # request_leaf sets it
-        hopeless='' # exchange sets it
+        hopeless='' # exchange sets these
+        no_reply=''
+        read_routes
+        routes_before=$routes
         if "$@"; then
             return
         fi
-        complain "$step: attempt $attempt of $attempts: $reason"
+        if [ "$reason" != "$last_reason" ] || is_power_of_two $attempt; then
+            complain "$step: attempt $attempt of $attempts: $reason"
+        fi
+        last_reason=$reason
         if [ -n "$absent" ]; then
             absences=$((absences + 1))
         fi
@@ -474,11 +507,50 @@ retry() {
             return
         fi
         if [ "$attempt" -eq "$attempts" ] || [ -n "$hopeless" ]; then
-            last_attempt=": $reason"
-            fail "gave up after $attempt attempts" || return
+            break
         fi
-        sleep $((attempt < INTERVAL ? attempt : INTERVAL))
+        wait_for $((attempt < INTERVAL ? attempt : INTERVAL)) "$routes_before"
     done
+    last_attempt=": $reason"
+    if [ -n "$no_reply" ] && [ -z "$has_reply" ]; then
+        question='; is this a VM on Azure?'
+    fi
+    fail "gave up after $attempt attempts$question"
+}
+
+# is_power_of_two NUMBER: whether it is 1, 2, 4, 8 or the like: the same failure is not said more
+# often
+is_power_of_two() {
+    [ $(($1 & ($1 - 1))) -eq 0 ]
+}
+
+# wait_for SECONDS ROUTES: wait. After an attempt without a reply, wait only until the routes are no
+# longer these: the network has come up. Its $no_reply.
+wait_for() {
+    local tenths=$((10 * $1))
+    if [ -z "$no_reply" ]; then
+        sleep "$1"
+        return
+    fi
+    while [ $tenths -gt 0 ] && read_routes && [ "$routes" = "$2" ]; do
+        if [ $quick_looks -gt 0 ] && sleep 0.1 2>/dev/null; then
+            quick_looks=$((quick_looks - 1))
+            tenths=$((tenths - 1))
+        else # or this sleep takes whole seconds alone
+            sleep 1
+            tenths=$((tenths - 10))
+        fi
+    done
+}
+
+# read_routes: sets $routes to what the kernel says of the routes, '' if it does not
+read_routes() {
+    local line
+    routes=''
+    while read -r line; do
+        routes=$routes$line$NEWLINE
+    done 2>/dev/null </proc/self/net/route
+    return 0
 }
 
 # ---- Step ready: the goal state and the health report ------------------------------------------
@@ -713,42 +785,79 @@ is_id() {
 set_hostname() {
     local name
     say 'Retrieving hostname from IMDS'
-    retry hostname "$ATTEMPTS" optional request_text osProfile/computerName || return
+    request_property hostname osProfile/computerName optional || return
     if [ -z "$value" ]; then
         retry hostname "$ATTEMPTS" required request_text name || return
     fi
+    replace_underscores "$value" # systemd would drop them
     name=$value
     is_hostname "$name" || fail 'no valid hostname' || return
     say "Hostname: $name"
-    if ! run hostnamectl set-hostname "$name"; then
-        write_file /etc/hostname 644 '' printf '%s\n' "$name" || return
-        set_kernel_hostname "$name"
+    if ! run_twice hostnamectl set-hostname "$name"; then
+        store_hostname "$name"
     fi
 }
 
-# is_hostname TEXT: whether it is a hostname, of up to 64 characters, or 63 if there is no dot among
-# them
-is_hostname() {
-    local longest=63
-    case $1 in
-    *.*) longest=64 ;;
-    esac
-    case $1 in
-    '' | *[!A-Za-z0-9._-]*) return 1 ;;
-    [!A-Za-z0-9]* | *[!A-Za-z0-9] | *..*) return 1 ;;
-    esac
-    [ "${#1}" -le $longest ]
+# replace_underscores TEXT: sets $value to the text with a '-' in the place of each '_'
+replace_underscores() {
+    value=$1
+    while [ "${value%%_*}" != "$value" ]; do # there is one in it
+        value=${value%%_*}-${value#*_}
+    done
 }
 
-# set_kernel_hostname NAME: set the hostname until the next boot, which reads /etc/hostname; can
-# fail
+# is_hostname TEXT: whether it is a hostname: labels with dots between them, of up to 64 characters
+is_hostname() {
+    local label IFS=.
+    case $1 in
+    '' | *[!A-Za-z0-9.-]* | .* | *. | *..*) return 1 ;;
+    esac
+    for label in $1; do
+        case $label in
+        -* | *-) return 1 ;;
+        esac
+        [ "${#label}" -le 63 ] || return 1
+    done
+    [ "${#1}" -le 64 ]
+}
+
+# store_hostname NAME: set the hostname without systemd: until the next boot in the kernel, and in a
+# file; can fail
+store_hostname() {
+    local problems='' until=''
+    if has_command hostnamectl; then
+        problems='hostnamectl failed; '
+    fi
+    if set_kernel_hostname "$1"; then
+        until=", so $1 lasts until the next boot"
+    else
+        problems="${problems}cannot set the kernel's hostname; "
+    fi
+    if write_file /etc/hostname 644 '' printf '%s\n' "$1"; then
+        [ -n "$until" ] || fail "${problems%; }"
+    else
+        fail "$problems$reason$until"
+    fi
+}
+
+# set_kernel_hostname NAME: set the kernel's hostname; returns whether that worked
 set_kernel_hostname() {
     if [ -n "$DRY_RUN" ]; then
         return
     fi
     hostname "$1" 2>/dev/null ||
-        { printf '%s\n' "$1" >/proc/sys/kernel/hostname; } 2>/dev/null ||
-        fail "cannot set the kernel's hostname"
+        { printf '%s\n' "$1" >/proc/sys/kernel/hostname; } 2>/dev/null
+}
+
+# request_property STEP LEAF required|optional: sets $value to a property that the user gave the VM,
+# squeezed, and $origin to dvd if it comes from there, or to imds. Can fail, or set $value to '', as
+# retry does for the value from IMDS.
+request_property() {
+    if has_dvd && request_from_both "$@"; then # it has the properties, too
+        return
+    fi
+    origin=imds
+    retry "$1" "$ATTEMPTS" "$3" request_text "$2"
 }
 
 # request_text LEAF: sets $value to a value from IMDS, squeezed. Can fail, also if it is empty.
@@ -762,10 +871,8 @@ request_text() {
 # value's path below "compute". Can fail. Sets $absent if the status is 404, or 400: an IMDS that is
 # too old to know a value says so.
 request_leaf() {
-    local leaf="$1" limit="${2-$BODY_LIMIT}" version=2021-02-01 url
-    if [ "$leaf" = name ]; then
-        version=2019-06-01 # an old IMDS has at least the name
-    fi
+    local leaf="$1" limit="${2-$BODY_LIMIT}" version url
+    find_version "$leaf"
     url="$IMDS/metadata/instance/compute/$leaf?api-version=$version&format=text"
     if ! exchange "${leaf##*/}" "$url" '' "$limit" --header 'Metadata: true'; then
         case $status in
@@ -776,13 +883,26 @@ request_leaf() {
     value=$body
 }
 
+# find_version LEAF: sets $version to the first one of IMDS that has the value: an old IMDS knows no
+# other
+find_version() {
+    case $1 in
+    name | vmId) version=2017-04-02 ;;
+    publicKeys*) version=2018-04-02 ;;
+    osProfile/computerName | osProfile/adminUsername) version=2020-07-15 ;;
+    osProfile/disablePasswordAuthentication) version=2020-10-01 ;;
+    userData) version=2021-01-01 ;;
+    esac
+}
+
 # ---- Step disable ------------------------------------------------------------------------------
 
 # disable_unit: disable the service, of systemd or OpenRC, so that the next boot does not run it;
 # can fail
 disable_unit() {
     sync_all
-    run systemctl disable azure-provisioning.service ||
+    # Without --no-reload, systemd would run all of its generators again.
+    run systemctl --no-reload disable azure-provisioning.service ||
         run rc-update del azure-provisioning ||
         fail 'neither systemctl nor rc-update disabled azure-provisioning' || return
     say_done 'Disabled azure-provisioning.service'
@@ -796,7 +916,8 @@ sync_all() {
 }
 
 # ================================================================================================
-# The default run ends here. What follows runs only if another step is named.
+# The default run ends here. What follows runs only if another step is named; and the section about
+# the DVD, if there is one, and IMDS does not have the hostname.
 # ================================================================================================
 
 # ---- NotReady: a step before ready failed ------------------------------------------------------
@@ -805,7 +926,10 @@ sync_all() {
 # waits for it
 report_not_ready() {
     local now message description
-    read_vm_id
+    request_vm_id
+    if [ -z "$vm_id" ]; then
+        read_vm_id
+    fi
     now=$(date -u +%Y-%m-%dT%H:%M:%SZ)
     message="result=error|reason=$1|agent=azure-provisioning/$VERSION|vm_id=$vm_id|timestamp=$now"
     # Spaces take the place of what is not ' ' to '~', ASCII that can be printed, and of & < >.
@@ -817,18 +941,32 @@ report_not_ready() {
 </Details>" || complain "NotReady: $reason"
 }
 
-# read_vm_id: sets $vm_id to the id of this VM in lower case, '' if the firmware does not tell one
+# request_vm_id: sets $vm_id to the id of this VM as Azure's portal shows it, '' if IMDS does not
+# tell it at once
+request_vm_id() {
+    vm_id=''
+    if request_text vmId && is_vm_id "$value"; then
+        vm_id=$value
+    fi
+}
+
+# read_vm_id: sets $vm_id to the id of this VM, '' if the firmware does not tell one
 read_vm_id() {
     vm_id=''
     if read_file /sys/class/dmi/id/product_uuid; then
-        vm_id=$(printf '%s\n' "$text" | tr A-F a-f)
+        text=$(printf '%s\n' "$text" | tr A-F a-f)
+        if is_vm_id "$text"; then
+            vm_id=$text
+        fi
     fi
-    case $vm_id in
-    *[!0-9a-f-]*) vm_id='' ;;
+}
+
+# is_vm_id TEXT: whether it is the id of a VM: 36 digits, small letters and dashes
+is_vm_id() {
+    case $1 in
+    *[!0-9a-f-]*) return 1 ;;
     esac
-    if [ "${#vm_id}" -ne 36 ]; then
-        vm_id=''
-    fi
+    [ "${#1}" -eq 36 ]
 }
 
 # read_file FILE: sets $text to the text of a file without line feeds at its end, '' if there is no
@@ -848,15 +986,21 @@ read_file() {
 
 # ---- Step user: the account, its SSH keys, sudo or doas ----------------------------------------
 
+NO_LOGIN='no valid SSH key, and no password'
+
 # create_user: create the admin user, unless there is one, and let it log in with its keys; can fail
 create_user() {
     local name shell=/bin/sh
     say 'Retrieving user from IMDS'
-    retry user "$ATTEMPTS" required request_text osProfile/adminUsername || return
+    request_property user osProfile/adminUsername required || return
     name=$value
     is_user_name "$name" || fail 'no valid user name' || return
     say "User: $name"
-    request_keys || return
+    if [ "$origin" = dvd ]; then
+        find_keys || return
+    else
+        request_keys || return
+    fi
     find_account "$name" || return
     if [ -z "$account" ]; then
         if [ -x /bin/bash ]; then
@@ -894,31 +1038,68 @@ is_user_name() {
 # request_keys: sets $keys to the user's valid SSH keys, a line each. Fails if there is neither a
 # key nor a password.
 request_keys() {
-    local names name number=0 IFS=' '
+    request_imds_keys optional || return
+    [ -z "$keys" ] || return 0
+    retry user "$ATTEMPTS" optional \
+        request_text osProfile/disablePasswordAuthentication || return
+    [ "$value" != false ] || return 0
+    if has_dvd && retry user "$DVD_ATTEMPTS" required request_dvd && find_keys; then
+        return
+    fi
+    if [ -z "$has_key_text" ]; then # IMDS may not have it yet
+        request_imds_keys required
+    fi
+    [ -n "$keys" ] || fail "$NO_LOGIN"
+}
+
+# request_imds_keys required|optional: sets $keys to the valid SSH keys of IMDS, and $has_key_text
+# if it has any text as a key; can fail. optional: there may be no keys, and empty ones.
+request_imds_keys() {
+    local names name number=0 request=request_text IFS=' '
     keys=''
-    retry user "$ATTEMPTS" optional request_leaf publicKeys || return
+    has_key_text=''
+    if [ "$1" = optional ]; then
+        request=request_leaf
+    fi
+    retry user "$ATTEMPTS" "$1" $request publicKeys || return
     squeeze "$value"
     names=$value
     for name in $names; do # 0/ 1/ 2/ and so on
         if [ "${name%/}" != $number ] || [ $number -gt 99 ]; then
             fail 'publicKeys: no valid list' || return
         fi
-        retry user "$ATTEMPTS" optional request_leaf publicKeys/$number/keyData || return
-        remove_characters "$CARRIAGE_RETURN$NEWLINE" "$value" # Azure may break a key into lines
-        squeeze "$value"
-        if is_ssh_key "$value"; then
-            say "SSH key: ${value%% *}"
-            keys=$keys$value$NEWLINE
-        else
-            complain "user: publicKeys/$number: no OpenSSH public key"
-        fi
+        retry user "$ATTEMPTS" "$1" $request publicKeys/$number/keyData || return
+        has_key_text=$has_key_text$value
+        take_key $number "$value"
         number=$((number + 1))
     done
-    if [ -z "$keys" ]; then
-        retry user "$ATTEMPTS" optional \
-            request_leaf osProfile/disablePasswordAuthentication || return
-        squeeze "$value"
-        [ "$value" = false ] || fail 'no valid SSH key, and no password'
+}
+
+# find_keys: sets $keys to the user's valid SSH keys on the DVD; fails as request_keys does
+find_keys() {
+    local text number=0 IFS='<'
+    keys=''
+    for text in $dvd_keys; do
+        decode_entities "$text" || value=''
+        take_key $number "$value"
+        number=$((number + 1))
+    done
+    squeeze "$disable_passwords"
+    case $keys:$value in
+    :[Ff][Aa][Ll][Ss][Ee]) ;;
+    :*) fail "$NO_LOGIN" ;;
+    esac
+}
+
+# take_key NUMBER TEXT: add a text to the $keys, if it is an SSH key; say so, or not
+take_key() {
+    remove_characters "$CARRIAGE_RETURN$NEWLINE" "$2" # Azure may break a key into lines
+    squeeze "$value"
+    if is_ssh_key "$value"; then
+        say "SSH key: ${value%% *}"
+        keys=$keys$value$NEWLINE
+    else
+        complain "user: publicKeys/$1: no OpenSSH public key"
     fi
 }
 
@@ -1146,12 +1327,14 @@ add_last_line() {
 
 DVD_FOLDER=/run/azure-provisioning/dvd
 OVF_FILE=$DVD_FOLDER/ovf-env.xml
-DVD_ATTEMPTS=5
+DVD_ATTEMPTS=30             # the drive, or the medium in it, may come late
+PATIENCE=60                 # attempts at a value of IMDS that is also on the DVD
 ASCII=$(printf '\001-\177') # for [ ], which reads the '-' as a range
 DATA_LIMIT=122880           # bytes, of ovf-env.xml or user data: room for 64 KiB in base64
 
-# request_dvd: read ovf-env.xml, which is on a DVD at the first boot; sets $user_name,
-# $user_password, $disable_passwords and $custom_data to the texts in it, or to ''. Can fail.
+# request_dvd: read ovf-env.xml, which is on a DVD at the first boot; sets $host_name, $user_name,
+# $user_password, $disable_passwords and $custom_data to the texts in it, or to '', and $dvd_keys to
+# those of SSH keys, with a '<' behind each. Can fail.
 request_dvd() {
     mount_dvd || return
     # The shell would drop a NUL byte: tr makes it INVALID.
@@ -1164,8 +1347,10 @@ request_dvd() {
     if [ "${#body}" -gt "$DATA_LIMIT" ] || ! is_utf_8; then
         fail 'ovf-env.xml: not an OVF environment' || return
     fi
-    unset user_name user_password disable_passwords custom_data
+    unset host_name user_name user_password disable_passwords custom_data
+    dvd_keys=''
     read_xml Environment take_ovf || fail 'ovf-env.xml: not an OVF environment' || return
+    host_name=${host_name-}
     user_name=${user_name-}
     user_password=${user_password-}
     disable_passwords=${disable_passwords-}
@@ -1185,14 +1370,43 @@ is_utf_8() {
     esac
 }
 
-# take_ovf PATH TEXT: keep the text of the first element at each of these paths. read_xml calls it.
+# take_ovf PATH TEXT: keep the text of the first element at each of these paths, and of all keys.
+# read_xml calls it.
 take_ovf() {
     case ${1#Environment/ProvisioningSection/LinuxProvisioningConfigurationSet/} in
+    HostName) host_name=${host_name-$2} ;;
     UserName) user_name=${user_name-$2} ;;
     UserPassword) user_password=${user_password-$2} ;;
     DisableSshPasswordAuthentication) disable_passwords=${disable_passwords-$2} ;;
     CustomData) custom_data=${custom_data-$2} ;;
+    SSH/PublicKeys/PublicKey/Value) dvd_keys="$dvd_keys$2<" ;;
     esac
+}
+
+# has_dvd: whether there is a drive, so that the program can wait for the DVD in it
+has_dvd() {
+    [ -e /dev/sr0 ]
+}
+
+# request_from_both STEP LEAF required|optional: do the work of request_property: ask IMDS, but not
+# for long, and then look on the DVD. Returns 1 if neither has the property. The IMDS of Azure Stack
+# has none of them.
+request_from_both() {
+    local attempts="$PATIENCE"
+    if [ "$ATTEMPTS" -lt "$attempts" ]; then
+        attempts=$ATTEMPTS
+    fi
+    origin=imds
+    if retry "$1" "$attempts" "$3" request_text "$2" && [ -n "$value" ]; then
+        return
+    fi
+    origin=dvd
+    retry "$1" "$DVD_ATTEMPTS" required request_dvd || return
+    case $2 in
+    osProfile/computerName) squeeze "$host_name" ;;
+    osProfile/adminUsername) squeeze "$user_name" ;;
+    esac
+    [ -n "$value" ]
 }
 
 # mount_dvd: mount the DVD where only root can see it, unless it is mounted: an umount may have
@@ -1202,7 +1416,7 @@ mount_dvd() {
     if [ -e "$OVF_FILE" ]; then
         return
     fi
-    [ -e /dev/sr0 ] || fail 'ovf-env.xml: no DVD' || return
+    has_dvd || fail 'ovf-env.xml: no DVD' || return
     mount -t udf,iso9660 -o ro,nosuid,nodev,noexec /dev/sr0 "$DVD_FOLDER" ||
         fail 'ovf-env.xml: no DVD'
 }
@@ -1408,10 +1622,20 @@ is_remembered() {
     read_file "$VM_ID_FILE" || return 1
     remembered=$text
     read_vm_id
-    if [ -z "$remembered" ] || [ "$remembered" != "$vm_id" ]; then
-        return 1
-    fi
-    say "Already provisioned: $vm_id"
+    swap_bytes "$vm_id"
+    case $remembered in
+    '') return 1 ;;
+    "$vm_id" | "$value") say "Already provisioned: $remembered" ;;
+    *) return 1 ;;
+    esac
+}
+
+# swap_bytes ID: sets $value to an id with the bytes of its first three groups in the other order.
+#
+# Firmware shows the id of a VM in one order or the other. An update may change it.
+swap_bytes() {
+    value=$(printf '%s\n' "$1" | sed \
+        's/^\(..\)\(..\)\(..\)\(..\)-\(..\)\(..\)-\(..\)\(..\)-/\4\3\2\1-\6\5-\8\7-/')
 }
 
 main "$@"

@@ -25,6 +25,7 @@ ONLY_PYTHON = {
     'read_body': 'curl or wget does it',
     'StrictResponse': 'curl or wget does it',
     'find_text': 'take_goal_state and take_ovf are given each text',
+    'text_of': 'the same',
     'label_of': 'the shell has ${leaf##*/}',
     'split_words': 'the shell has IFS',
 }
@@ -42,6 +43,7 @@ ONLY_SHELL = {
     'open_element': 'Python has an XML parser',
     'close_element': 'Python has an XML parser',
     'is_blank': 'Python has an XML parser',
+    'replace_underscores': 'Python has str.replace',
     'find_owner': 'Python has os.stat',
     'decode_entities': 'Python has an XML parser',
     'print_line': 'Python gives a command its input',

@@ -204,7 +204,7 @@ END
     [ "$status" -eq 0 ]
     [ "$(grep -c 'exit status 0' <<<"$output")" -eq 2 ]
     for line in 'Incarnation: 16' 'POST /machine?comp=health HTTP/1.1' 'Metadata: true' 'Response: 200' \
-        'hostnamectl set-hostname thstringnopa2' 'systemctl disable azure-provisioning.service'; do
+        'hostnamectl set-hostname thstringnopa2' 'systemctl --no-reload disable azure-provisioning.service'; do
         [ "$(grep -cF "    $line" <<<"$output")" -eq 2 ]
     done
 }
@@ -547,7 +547,7 @@ copy_kit() {
     # a program that does not look for hostnamectl, and calls all that it can
     printf '%s\n' '#!/bin/sh' 'echo changed >/etc/hostname' 'echo changed >/proc/sys/kernel/hostname' \
         'echo x >/tmp/azure-provisioning-was-here' '/usr/bin/hostnamectl set-hostname changed' \
-        '/bin/systemctl disable azure-provisioning.service' >"$folder/wild"
+        '/bin/systemctl --no-reload disable azure-provisioning.service' >"$folder/wild"
     chmod 755 "$folder/wild"
     run python3 tests/kit/run.py --only runs "$folder/wild"
     run python3 tests/kit/demo.py "$folder/wild"

@@ -18,17 +18,19 @@ import threading
 import time
 
 GOAL_STATE = pathlib.Path(__file__).resolve().parent / 'cases/goal-states/must-platform.xml'
-LEAF = 'GET /metadata/instance/compute/%s?api-version=2021-02-01&format=text'
+LEAF = 'GET /metadata/instance/compute/%s?api-version=%s&format=text'
 ENDPOINTS = {  # what is asked for -> the request line, but for the path of a base URL
     'goalstate': 'GET /machine?comp=goalstate',
     'health': 'POST /machine?comp=health',
-    'computerName': LEAF % 'osProfile/computerName',
-    'name': 'GET /metadata/instance/compute/name?api-version=2019-06-01&format=text',
-    'adminUsername': LEAF % 'osProfile/adminUsername',
-    'publicKeys': LEAF % 'publicKeys',
-    'keyData': LEAF % 'publicKeys/N/keyData',  # any N
-    'disablePasswordAuthentication': LEAF % 'osProfile/disablePasswordAuthentication',
-    'userData': LEAF % 'userData',
+    'computerName': LEAF % ('osProfile/computerName', '2020-07-15'),
+    'name': LEAF % ('name', '2017-04-02'),
+    'vmId': LEAF % ('vmId', '2017-04-02'),
+    'adminUsername': LEAF % ('osProfile/adminUsername', '2020-07-15'),
+    'publicKeys': LEAF % ('publicKeys', '2018-04-02'),
+    'keyData': LEAF % ('publicKeys/N/keyData', '2018-04-02'),  # any N
+    'disablePasswordAuthentication': LEAF
+    % ('osProfile/disablePasswordAuthentication', '2020-10-01'),
+    'userData': LEAF % ('userData', '2021-01-01'),
 }
 HEAD = b'HTTP/1.1 200 OK\r\nContent-Type: text/xml; charset=utf-8\r\nContent-Length: %d\r\n\r\n'
 BLOCK = b'x' * 65536

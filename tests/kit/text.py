@@ -4,6 +4,7 @@
 {name}          the value of that name; one that nobody has stays as it is
 {a*63}          63 times what is before the star
 line {1..5}     the line once for each number
+line {1,2,4}    the same
 line {*5}       the line five times
 "\\r\\n\\x00\\""    in quotes, escapes are read; outside of them nothing is
 """
@@ -15,6 +16,7 @@ ESCAPES = {'n': '\n', 'r': '\r', 't': '\t', '\\': '\\', '"': '"'}
 NAME = re.compile(r'\{([A-Za-z][A-Za-z0-9-]*)\}')
 REPEATED = re.compile(r'\{([^{}]+)\*([0-9]+)\}')
 RANGE = re.compile(r'\{([0-9]+)\.\.([0-9]+)\}')
+NUMBERS = re.compile(r'\{([0-9]+(?:,[0-9]+)+)\}')
 TIMES = re.compile(r' ?\{\*([0-9]+)\}(?=\n?$)')
 DEPTH = 5  # of values that hold placeholders
 
@@ -71,10 +73,12 @@ def expanded(text):
 
 def several(line):
     """The lines that a line stands for."""
-    numbers, times = RANGE.search(line), TIMES.search(line)
+    found, numbers, times = RANGE.search(line), NUMBERS.search(line), TIMES.search(line)
+    if found:
+        first, last = map(int, found.groups())
+        return [line.replace(found.group(), str(each)) for each in range(first, last + 1)]
     if numbers:
-        first, last = map(int, numbers.groups())
-        return [line.replace(numbers.group(), str(each)) for each in range(first, last + 1)]
+        return [line.replace(numbers.group(), each) for each in numbers.group(1).split(',')]
     if times:
         return [TIMES.sub('', line)] * int(times.group(1))
     return [line]

@@ -61,6 +61,8 @@ settings, from the environment:
                                  (default: 5)
   AZURE_PROVISIONING_TIMEOUT     time limit of a request, in seconds
                                  (default: 30)
+  AZURE_PROVISIONING_GROUPS      more groups for the user, with commas between
+                                 (default: none)
 
 Progress goes to stdout, failures go to stderr.
 exit status: 0 all steps are done, 1 a step failed, 2 wrong usage"""
@@ -71,6 +73,7 @@ settings = types.SimpleNamespace(
     attempts=240,
     interval=5,  # seconds
     timeout=30,  # seconds
+    groups='',
     dry_run=False,
 )
 
@@ -84,6 +87,7 @@ CONNECT_LIMIT = 3  # seconds of the timeout, at most, to connect
 BODY_LIMIT = 65536  # bytes of a reply's body
 ENOUGH_ABSENCES = 5  # IMDS has to say so often that it has no such value
 SPACE = ' \t\n\r'  # the characters that are white space in XML
+ACCOUNT_NAME = '[A-Za-z_][A-Za-z0-9._-]{0,31}'  # of a user or a group
 
 # Texts from files and servers have one character for each byte, as in the shell: Latin-1 does that.
 BYTE_ENCODING = 'latin-1'
@@ -193,6 +197,7 @@ def read_settings():
     settings.attempts = read_number('AZURE_PROVISIONING_ATTEMPTS', settings.attempts, 1)
     settings.interval = read_number('AZURE_PROVISIONING_INTERVAL', settings.interval, 0)
     settings.timeout = read_number('AZURE_PROVISIONING_TIMEOUT', settings.timeout, 1)
+    settings.groups = read_groups('AZURE_PROVISIONING_GROUPS', settings.groups)
 
 
 def read_url(name, default):
@@ -212,6 +217,14 @@ def read_number(name, default, least):
     if not re.fullmatch('0|[1-9][0-9]{0,5}', number) or int(number) < least:
         usage_error(f'bad {name}')
     return int(number)
+
+
+def read_groups(name, default):
+    """Return names of groups with commas between; a usage error if they are none. '' is no name."""
+    groups = os.environ.get(name, default)
+    if not re.fullmatch(f'({ACCOUNT_NAME}(,{ACCOUNT_NAME})*)?', groups):
+        usage_error(f'bad {name}')
+    return groups
 
 
 def run_steps(steps):
@@ -278,6 +291,23 @@ def run_always(*command, input_line=None):
         return subprocess.run(command, input=given).returncode == 0
     except OSError:
         return False
+
+
+def ask(*command):
+    """Return what a command prints, without line feeds at the end; '' if it fails.
+
+    It changes nothing.
+    """
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+    except OSError:
+        return ''
+    return done.stdout.decode(BYTE_ENCODING).rstrip('\n') if done.returncode == 0 else ''
 
 
 def say_done(line):
@@ -693,7 +723,8 @@ def request_leaf(leaf, limit=BODY_LIMIT):
     try:
         _, body = exchange(label_of(leaf), url, {'Metadata': 'true'}, limit=limit)
     except Failed as failure:
-        raise Failed(str(failure), absent=failure.status in (400, 404)) from None
+        failure.absent = failure.status in (400, 404)
+        raise
     return body.decode(BYTE_ENCODING)
 
 
@@ -833,26 +864,28 @@ def create_user():
     say(f'User: {name}')
     keys = request_keys() if dvd is None else find_keys(dvd)
     if not find_account(name):
-        shell = '/bin/bash' if os.access('/bin/bash', os.X_OK) else '/bin/sh'
-        if not run('useradd', '-m', '-s', shell, name):
-            run('adduser', '-D', '-s', shell, name)  # BusyBox's; whether it worked is seen below
-        if settings.dry_run:  # the account is not there, so the rest cannot be tried
+        add_account(name)
+        if settings.dry_run:  # the account is not there: what is in its home cannot be tried
+            grant_root(name)
             return
     account = find_account(name)
     if not account:
         raise Failed('neither useradd nor adduser made the user')
     if is_system_account(account):
         raise Failed(f'{name} is a system account')
+    if account.shell.endswith(('/nologin', '/false')):
+        complain(f'user: {name} cannot log in: its shell is {account.shell}')
     unlock_account(account)
     if keys:
         authorize_keys(account, keys)
+    join_groups(name)
     grant_root(name)
 
 
 def is_user_name(text):
     """Whether a text is a user name with a small letter: to sudo, ALL and its like are no names."""
     return (
-        re.fullmatch('[A-Za-z_][A-Za-z0-9._-]{0,31}', text) is not None
+        re.fullmatch(ACCOUNT_NAME, text) is not None
         and re.search('[a-z]', text) is not None
         and text != 'root'
     )
@@ -891,7 +924,7 @@ def request_imds_keys(optional):
             raise Failed('publicKeys: no valid list')
         text = retry('user', request, f'publicKeys/{number}/keyData', optional=optional)
         has_text = has_text or text != ''
-        keys += take_key(number, text)
+        keys += take_keys(number, text)
     return keys, has_text
 
 
@@ -901,21 +934,40 @@ def find_keys(dvd):
     elements = dvd.findall(f'{OVF_PATH}/SSH/PublicKeys/PublicKey/Value')
     for number, element in enumerate(elements):
         text = text_of(element).encode().decode(BYTE_ENCODING)
-        keys += take_key(number, text)
+        keys += take_keys(number, text)
     no_passwords = squeeze(find_text(dvd, f'{OVF_PATH}/DisableSshPasswordAuthentication')).lower()
     if not keys and no_passwords != 'false':
         raise Failed(NO_LOGIN)
     return keys
 
 
-def take_key(number, text):
-    """Return a list of the SSH key in a text, which is empty if there is none; say so, or not."""
-    key = squeeze(remove_characters('\r\n', text))  # Azure may break a key into lines
-    if not is_ssh_key(key):
-        complain(f'user: publicKeys/{number}: no OpenSSH public key')
-        return []
-    say(f'SSH key: {key.split()[0]}')
-    return [key]
+def take_keys(number, text):
+    """Return the valid SSH keys in the value of a number; say of each whether it is one."""
+    keys = []
+    for key in split_keys(text):
+        if is_ssh_key(key):
+            say(f'SSH key: {key.split()[0]}')
+            keys.append(key)
+        else:
+            complain(f'user: publicKeys/{number}: no OpenSSH public key')
+    return keys
+
+
+def split_keys(text):
+    """Return the keys in a text, at least one.
+
+    Azure may break a key into lines, and a user may give several keys. Another one begins in a line
+    that has its type in front, or behind options.
+    """
+    keys = []
+    for line in re.split('[\r\n]', text):
+        begins = re.search('^(ssh|ecdsa|sk)-| (ssh|ecdsa|sk)-.* AAAA', squeeze(line))
+        if not squeeze(line):
+            continue
+        if begins or not keys:
+            keys.append('')
+        keys[-1] += line
+    return [squeeze(key) for key in keys] or ['']
 
 
 def remove_characters(characters, text):
@@ -941,7 +993,7 @@ def find_account(name):
     """Return a user's account, None if there is none.
 
     password_field: that of /etc/shadow; if the user has no line there, that of /etc/passwd.
-    owner: the numbers of the user and of its group. home: the path of its home.
+    owner: the numbers of the user and of its group. home: the path of its home. shell: the path.
     """
     fields = find_fields('/etc/passwd', name)
     if not fields:
@@ -960,15 +1012,27 @@ def find_account(name):
         owner=(int(fields[2]), int(fields[3])),
         # Python has an encoding of its own for paths.
         home=os.fsdecode(fields[5].encode(BYTE_ENCODING)),
+        shell=os.fsdecode(fields[6].encode(BYTE_ENCODING)),
     )
 
 
 def find_fields(path, name):
-    """Return the fields of the first line of /etc/passwd or /etc/shadow for a user, or None."""
+    """Return the fields of the first line for a name, in /etc/passwd and its like, or None."""
     for line in read_file(path).split('\n'):
         if line.startswith(f'{name}:'):
             return f'{line}::::::'.split(':')  # seven at least, though the line may have fewer
     return None
+
+
+def add_account(name):
+    """Make the user, with a group of its own, or with the one of the same name that is there.
+
+    Whether it worked is seen in /etc/passwd.
+    """
+    shell = '/bin/bash' if os.access('/bin/bash', os.X_OK) else '/bin/sh'
+    has_group = find_fields('/etc/group', name) is not None
+    if not run('useradd', '-m', '-s', shell, *['-g', name] * has_group, name):
+        run('adduser', '-D', '-s', shell, *['-G', name] * has_group, name)  # BusyBox's
 
 
 def is_system_account(account):
@@ -995,12 +1059,15 @@ def unlock_account(account):
 
 
 def authorize_keys(account, keys):
-    """Add the keys to the user's authorized_keys, unless they are there."""
-    folder = f'{account.home}/.ssh'
-    path = f'{folder}/authorized_keys'
+    """Add the keys to the file where sshd looks for the user's, unless they are there."""
+    path = find_keys_file(account)
+    folder = os.path.dirname(path)
     if os.path.islink(folder) or os.path.islink(path):  # the user could have made it; this is root
         raise Failed(f'{folder}: a symlink is in the way')
-    make_ssh_folder(account, folder)
+    make_keys_folder(account, folder)
+    owner, mode = account.owner, 0o600
+    if not is_in_home(account, path):  # the user has to be able to read it
+        owner, mode = None, 0o644
     text = read_file(path)
     lines = text.split('\n') if text else []
     for key in keys:
@@ -1008,17 +1075,65 @@ def authorize_keys(account, keys):
         if not any(line.split(' ')[:2] == type_and_blob for line in lines):
             lines.append(key)
     content = ''.join(f'{line}\n' for line in lines)
-    write_file(path, 0o600, content.encode(BYTE_ENCODING), account.owner)
+    write_file(path, mode, content.encode(BYTE_ENCODING), owner)
+    restore_labels('user', folder)
 
 
-def make_ssh_folder(account, folder):
-    """Make the folder of the keys, with modes that sshd accepts."""
+def find_keys_file(account):
+    """Return the file where sshd looks for the user's keys. Raise Failed if that is no file."""
+    default = f'{account.home}/.ssh/authorized_keys'
+    patterns = ['.ssh/authorized_keys']
+    for line in ask_sshd(account.name).split('\n'):
+        if line.startswith('authorizedkeysfile '):
+            patterns = split_words(line)[1:]
+    paths = [expand_pattern(account, pattern) for pattern in patterns]
+    if default in paths:
+        return default
+    for path in paths:
+        if path:
+            return path
+    raise Failed('sshd looks for keys in no file')
+
+
+def expand_pattern(account, pattern):
+    """Return the path that a word of AuthorizedKeysFile stands for.
+
+    Return '' if it is 'none', or has a '%' that is not known here.
+    """
+    values = {'%h': account.home, '%u': account.name}
+    parts = re.findall('%.?|[^%]+', pattern)
+    if pattern == 'none' or any(part[0] == '%' and part not in values for part in parts):
+        return ''
+    path = ''.join(values.get(part, part) for part in parts)
+    return path if path.startswith('/') else f'{account.home}/{path}'
+
+
+def ask_sshd(name):
+    """Return how sshd is configured for a user, lines of 'keyword value'; '' if it does not tell.
+
+    Since 9.3 it has -G, and tells it also without host keys.
+    """
+    connection = f'user={name},host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22'
+    return ask('sshd', '-T', '-G', '-C', connection) or ask('sshd', '-T', '-C', connection)
+
+
+def is_in_home(account, path):
+    """Whether a path is below the user's home."""
+    return path.startswith(f'{account.home}/')
+
+
+def make_keys_folder(account, folder):
+    """Make the home, and the folder of the keys, with modes that sshd accepts."""
     uid, gid = account.owner
     make_home(account)
-    must_run(folder, 'mkdir', '-p', folder)
-    must_run(folder, 'chown', '-h', f'{uid}:{gid}', folder)
-    must_run(folder, 'chmod', '700', folder)
-    must_run(folder, 'chmod', 'u+rwx,go-w', account.home)
+    make_passable(folder)
+    if is_in_home(account, folder):
+        part = folder
+        while is_in_home(account, part):
+            must_run(folder, 'chown', '-h', f'{uid}:{gid}', part)
+            part = os.path.dirname(part)
+        must_run(folder, 'chmod', '700', folder)
+        must_run(folder, 'chmod', 'u+rwx,go-w', account.home)
 
 
 def make_home(account):
@@ -1032,17 +1147,23 @@ def make_home(account):
         owner_of_home = os.stat(home).st_uid
         if owner_of_home == uid:
             return
-        if owner_of_home != 0:
+        if owner_of_home != 0 or not re.match('/.*/.', home):  # so do / and /usr
             raise Failed(f'{home}: belongs to another user')
     else:
-        os.umask(0o022)  # everybody may pass through the folders above the home
-        made = run('mkdir', '-p', home)
-        os.umask(0o077)
-        if not made:
-            raise Failed(f'cannot make {home}')
+        make_passable(home)
     if os.path.isdir('/etc/skel'):
         must_run(home, 'cp', '-R', '-p', '/etc/skel/.', home)
     must_run(home, 'chown', '-R', '-h', f'{uid}:{gid}', home)
+    restore_labels('user', home)
+
+
+def make_passable(folder):
+    """Make a folder, and those above it, through which everybody may pass."""
+    os.umask(0o022)
+    made = run('mkdir', '-p', folder)
+    os.umask(0o077)
+    if not made:
+        raise Failed(f'cannot make {folder}')
 
 
 def must_run(path, *command):
@@ -1051,26 +1172,62 @@ def must_run(path, *command):
         raise Failed(f'cannot make {path}')
 
 
+def restore_labels(step, path):
+    """Give a path, and what is in it, the labels that SELinux has for it, if there is SELinux."""
+    if has_command('restorecon') and not run('restorecon', '-R', path):
+        complain(f'{step}: restorecon failed for {path}')
+
+
+def join_groups(name):
+    """Add the user to the groups of the settings that there are."""
+    for group in filter(None, settings.groups.split(',')):
+        if find_fields('/etc/group', group) is None:
+            complain(f'user: there is no group {group}')
+        elif not run('usermod', '-a', '-G', group, name) and not run('addgroup', name, group):
+            raise Failed(f'neither usermod nor addgroup added {name} to {group}')
+
+
 def grant_root(name):
     """Let the user become root without a password, with sudo or doas, if one accepts the rule."""
     rule = f'{name} ALL=(ALL:ALL) NOPASSWD:ALL'
-    if run('visudo', '-q', '-c', '-f', '-', input_line=rule):
-        write_file('/etc/sudoers.d/azure-provisioning', 0o440, f'{rule}\n'.encode())
+    # With sudo and doas, the last rule that fits counts: the file's name is behind others.
+    if run('visudo', '-q', '-c', '-f', '/dev/stdin', input_line=rule):
+        write_file('/etc/sudoers.d/zz-azure-provisioning', 0o440, f'{rule}\n'.encode())
+        restore_labels('user', '/etc/sudoers.d/zz-azure-provisioning')
+        remove_former('/etc/sudoers.d/azure-provisioning')
+        check_sudo(name)
         return
     path = '/etc/doas.conf'
     if os.path.isdir('/etc/doas.d'):
-        path = '/etc/doas.d/azure-provisioning.conf'
+        path = '/etc/doas.d/zz-azure-provisioning.conf'
     rules = add_last_line(read_file(path), f'permit nopass {name}')
     if run('doas', '-C', '/dev/stdin', input_line=rules):
         path = os.path.realpath(path)
         mode = None if os.path.exists(path) else 0o440
         write_file(path, mode, f'{rules}\n'.encode(BYTE_ENCODING))
+        restore_labels('user', path)
+        remove_former('/etc/doas.d/azure-provisioning.conf')
         return
     complain(f'user: neither sudo nor doas takes a rule for {name}')  # it can log in all the same
 
 
+def remove_former(path):
+    """Remove the file in which an earlier version of this program wrote its rule."""
+    if os.path.lexists(path) and not run('rm', '-f', path):
+        raise Failed(f'cannot remove {path}')
+
+
+def check_sudo(name):
+    """Say so if sudo does not give the user all rights: another rule may count, or its file not."""
+    if settings.dry_run:
+        return
+    rights = ask('sudo', '-n', '-l', '-U', name)
+    if not rights.endswith('(ALL : ALL) NOPASSWD: ALL'):  # the last rule
+        complain(f'user: sudo does not say that {name} may do all without a password')
+
+
 def add_last_line(text, line):
-    """Return a text that ends with the line: doas goes by the last rule that fits."""
+    """Return a text that ends with the line."""
     if text == '' or text == line:
         return line
     if text.endswith(f'\n{line}'):
@@ -1150,6 +1307,15 @@ def mount_dvd():
 
 
 SSHD_CONFIG = '/etc/ssh/sshd_config'
+SSHD_DEFAULT = '/usr/etc/ssh/sshd_config'  # openSUSE's: counts where there is none in /etc
+SSHD_DROP_INS = '/etc/ssh/sshd_config.d/*.conf'
+SSHD_DROP_IN = '/etc/ssh/sshd_config.d/00-azure-provisioning.conf'
+# The last two are one setting since OpenSSH 8.7. Before, either of them lets in with a password.
+SSHD_KEYWORDS = (
+    'PasswordAuthentication',
+    'ChallengeResponseAuthentication',
+    'KbdInteractiveAuthentication',
+)
 
 
 def set_password():
@@ -1163,29 +1329,82 @@ def set_password():
     password = password.encode().decode(BYTE_ENCODING)  # one character for each byte of UTF-8
     if has_control_character(password) or len(password) > 72:  # as long as Azure allows
         raise Failed('no valid password')
-    if password not in ('', 'REDACTED'):  # the latter in a copy of the file that cloud-init makes
-        if not run('chpasswd', input_line=f'{name}:{password}'):
-            raise Failed('chpasswd failed')
+    is_given = password not in ('', 'REDACTED')  # the latter in a copy that cloud-init makes
+    if is_given:
+        store_password(name, password)
         say_done('Password set')
     no_passwords = squeeze(find_text(root, f'{OVF_PATH}/DisableSshPasswordAuthentication')).lower()
-    if no_passwords in ('true', 'false') and os.path.isfile(SSHD_CONFIG):
-        configure_sshd('no' if no_passwords == 'true' else 'yes')
+    if no_passwords == 'true':
+        configure_sshd(name, 'no')
+    elif no_passwords == 'false' or is_given:
+        configure_sshd(name, 'yes')
 
 
-def configure_sshd(yes_or_no):
-    """Have sshd ask for passwords, or not, in both of the ways that it has.
+def store_password(name, password):
+    """Set the password of a user. Raise Failed if chpasswd does not; PAM may forbid it."""
+    line = f'{name}:{password}'
+    stored = run('chpasswd', input_line=line)
+    fields = find_fields('/etc/shadow', name) or find_fields('/etc/passwd', name)
+    # BusyBox may make a hash of 13 characters, for which eight of the password count.
+    if stored and fields and len(fields[1]) == 13 and '$' not in fields[1]:
+        stored = run('chpasswd', '-c', 'SHA512', input_line=line)
+    if not stored:
+        raise Failed('chpasswd failed')
 
-    Of several lines for one setting, sshd takes the first: the two lines are put at the top.
+
+def configure_sshd(name, yes_or_no):
+    """Have sshd take passwords, or not, in all of the ways that it has.
+
+    Of several lines for one setting, sshd takes the first. So ours are in a file that it reads
+    before others, or else at the top.
     """
-    keywords = ('PasswordAuthentication ', 'KbdInteractiveAuthentication ')
-    lines = read_file(SSHD_CONFIG).split('\n')
-    while lines and lines[0].startswith(keywords):  # such as those of an earlier run
-        del lines[0]
-    lines = [keyword + yes_or_no for keyword in keywords] + lines
-    content = '\n'.join(lines).rstrip('\n') + '\n'
-    write_file(os.path.realpath(SSHD_CONFIG), None, content.encode(BYTE_ENCODING))
+    config = SSHD_CONFIG if os.path.isfile(SSHD_CONFIG) else SSHD_DEFAULT
+    if not os.path.isfile(config):
+        if yes_or_no == 'no' and has_command('dropbear'):
+            complain('password: dropbear takes passwords all the same')
+        return
+    ours = [f'{keyword} {yes_or_no}' for keyword in SSHD_KEYWORDS]
+    lines = read_file(config).split('\n')
+    if includes_drop_ins(lines):
+        path = SSHD_DROP_IN
+        write_file(path, 0o600, ''.join(f'{line}\n' for line in ours).encode())
+    elif config == SSHD_DEFAULT:  # a file in /etc would take the place of all of it
+        raise Failed(f'{SSHD_DEFAULT}: no Include {SSHD_DROP_INS} at the top')
+    else:
+        while lines and lines[0].split(' ')[0] in SSHD_KEYWORDS:  # those of an earlier run
+            del lines[0]
+        content = '\n'.join(ours + lines).rstrip('\n') + '\n'
+        path = os.path.realpath(SSHD_CONFIG)
+        write_file(path, None, content.encode(BYTE_ENCODING))
+    restore_labels('password', path)
     say_done(f'PasswordAuthentication: {yes_or_no}')
     reload_sshd()
+    check_sshd(name, yes_or_no)
+
+
+def includes_drop_ins(lines):
+    """Whether the first line of a configuration that is no comment includes the drop-ins."""
+    for line in lines:
+        words = split_words(line)
+        if words and not words[0].startswith('#'):
+            return words[0].lower() == 'include' and SSHD_DROP_INS in words[1:]
+    return False
+
+
+def check_sshd(name, yes_or_no):
+    """Raise Failed if sshd says that it does not do for the user what its configuration is for.
+
+    Other lines may count more than ours: those of a Match, or in a file that is read before.
+    """
+    if settings.dry_run or not has_command('sshd'):
+        return
+    lines = ask_sshd(name).split('\n')
+    if lines == ['']:
+        complain('password: sshd does not tell what it does')  # without host keys, an old one
+    elif yes_or_no == 'yes' and 'passwordauthentication no' in lines:
+        raise Failed(f'sshd takes no password from {name} all the same')
+    elif yes_or_no == 'no' and any(f'{each.lower()} yes' in lines for each in SSHD_KEYWORDS):
+        raise Failed(f'sshd takes passwords from {name} all the same')
 
 
 def reload_sshd():
@@ -1241,13 +1460,29 @@ def is_base64(text):
 
 
 def publish_hostname():
-    """Have the DHCP client renew the lease of the default route's interface, with the hostname."""
+    """Have the DHCP client of the default route's interface tell its server the hostname.
+
+    No other client is asked. This one is asked twice, as nmcli fails now and then.
+    """
     interface = find_interface()
     if not interface:
         raise Failed('no default route')
-    if not renew_lease(interface):
-        raise Failed(f'no DHCP client renewed the lease of {interface}')
-    say_done(f'Renewed the DHCP lease of {interface}')
+    client = find_client(interface)
+    if not client:
+        raise Failed(f'no known DHCP client has {interface}')
+    name = os.uname().nodename
+    told = tell_server(client, interface, name)
+    if not told:
+        time.sleep(1)
+        told = tell_server(client, interface, name)
+    if not told:
+        raise Failed(f'{client} did not tell the DHCP server of {interface} the hostname')
+    if client == 'nmcli':
+        say_done(
+            f'nmcli has NetworkManager tell the DHCP server of {interface} the hostname {name}'
+        )
+    else:
+        say_done(f'The DHCP server of {interface} knows the hostname {name}, from {client}')
 
 
 def find_interface():
@@ -1262,24 +1497,112 @@ def find_interface():
     return ''
 
 
-def renew_lease(interface):
-    """Ask the DHCP clients one by one; return whether one renewed the lease."""
-    return (
-        run('networkctl', 'reconfigure', interface)
-        or run('nmcli', 'device', 'reapply', interface)
-        or run('dhcpcd', '-n', interface)
-        or renew_with_dhclient(interface)
-        or run('killall', '-USR1', 'udhcpc')
-    )
+def find_client(interface):
+    """Return the command of the DHCP client that has the interface, '' if none is known to."""
+    if os.path.isfile(networkd_lease(interface)):
+        return 'networkctl'
+    if ask('nmcli', '-g', 'DHCP4.OPTION', 'device', 'show', interface):
+        return 'nmcli'
+    if os.path.isfile(DHCPCD_PID) and os.path.isfile(dhcpcd_lease(interface)):
+        return 'dhcpcd'
+    for client in ('dhclient', 'udhcpc'):
+        if find_process(client, interface):
+            return client
+    return ''
 
 
-def renew_with_dhclient(interface):
-    """Start a dhclient of our own, as the one that runs cannot be told to renew, and end it.
+# That of a dhcpcd for all interfaces. One that was started for a single one takes no hostname.
+DHCPCD_PID = '/run/dhcpcd/pid'
 
-    Its script is /bin/true, so that it leaves the interface as it is.
+
+def dhcpcd_lease(interface):
+    """Return the path of dhcpcd's lease, which stays there when dhcpcd ends."""
+    return f'/var/lib/dhcpcd/{interface}.lease'
+
+
+def networkd_lease(interface):
+    """Return the path of systemd-networkd's lease, which is removed when systemd-networkd ends."""
+    index = ask('cat', f'/sys/class/net/{interface}/ifindex')
+    return f'/run/systemd/netif/leases/{index}'
+
+
+def find_process(client, interface):
+    """Return the first process of a client for the interface: PID COMMAND [ARGUMENT]..., or ''."""
+    pattern = f'^([^ ]*[/ ])?{client} (.* )?{interface}( |$)'
+    return ask('pgrep', '-a', '-f', pattern).split('\n')[0]
+
+
+def tell_server(client, interface, name):
+    """Have the client tell its server the hostname; return whether the server has heard it.
+
+    NetworkManager does not show that. It goes on telling the server until that answers.
     """
-    renewed = run('dhclient', '-1', '-q', '-sf', '/bin/true', interface)
-    return renewed and run('dhclient', '-x', '-q', interface)
+    if client == 'networkctl':
+        return renew(networkd_lease(interface), client, 'reconfigure', interface)
+    if client == 'nmcli':
+        return run(client, 'device', 'modify', interface, 'ipv4.dhcp-hostname', name)
+    if client == 'dhcpcd':
+        return renew(dhcpcd_lease(interface), client, '-n', '-h', name, interface)
+    if client == 'dhclient':
+        return run_second_dhclient(interface)
+    # A second one, as the first one takes no hostname. With /bin/true it changes nothing here.
+    option = f'hostname:{name}'
+    return run(client, '-n', '-q', '-f', '-i', interface, '-x', option, '-s', '/bin/true')
+
+
+def renew(lease, *command):
+    """Run a command that only asks for a new lease; return whether it comes within 5 seconds."""
+    old = identify(lease)
+    if not run(*command):
+        return False
+    if settings.dry_run:
+        return True
+    for _ in range(5):
+        if identify(lease) not in ('', old):
+            return True
+        time.sleep(1)
+    return False
+
+
+def identify(path):
+    """Return a text that is another one once the file has been written anew, '' without a file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ''
+    return f'{status.st_ino} {status.st_mtime_ns}'
+
+
+def run_second_dhclient(interface):
+    """Run a second dhclient, as the one that has the interface cannot be asked, and end it.
+
+    Return whether the server has heard it. It has the arguments of the first one, and its identity,
+    for the same address, but not its lease, which it would take for an answer. With /bin/true it
+    changes nothing here.
+    """
+    words = find_process('dhclient', interface).split(' ')[2:]
+    leases = find_value('-lf', words) or '/var/lib/dhcp/dhclient.leases'
+    configuration = find_value('-cf', words) or '/etc/dhcp/dhclient.conf'
+    if not ask('grep', '-x', 'send host-name = gethostname();', configuration):
+        return False
+    identity = ask('sed', '-n', '/^default-duid /p', leases)
+    second = f'{leases}.second'
+    words = [word for word in words if word not in ('-d', '-nw')]  # it is to wait, and to end
+    words += ['-q', '-sf', '/bin/true', '-pf', f'{second}.pid', '-lf', second]
+    told = False
+    with contextlib.suppress(Failed):  # the step fails all the same
+        write_file(second, 0o600, f'{identity}\n'.encode(BYTE_ENCODING))
+        told = run('dhclient', *words, '-1') and run('dhclient', *words, '-x')
+    run('rm', '-f', second, f'{second}.pid')
+    return told
+
+
+def find_value(option, words):
+    """Return the word behind an option, '' if the option is not there."""
+    for word, following in zip(words, words[1:]):
+        if word == option:
+            return following
+    return ''
 
 
 # ---- Step remember -----------------------------------------------------------------------------

@@ -4,7 +4,8 @@
 #
 # Arguments, settings and exit statuses: see USAGE. Errors: a step that fails says so on stderr.
 # Needs sleep, and curl; or wget, with timeout, head and tr. If hostnamectl fails, it needs chmod,
-# hostname, mkdir, mv, rm and sync. The other steps also need base64, chown, cp, date, ls, sed, tr.
+# hostname, mkdir, mv, rm and sync. The other steps also need base64, chown, cp, date, ls, sed, tr;
+# publish needs cat, grep, ls, sed and uname.
 # Sources: https://learn.microsoft.com/azure/virtual-machines/linux/no-agent for the WireServer,
 # .../linux/provisioning for the DVD, .../instance-metadata-service for IMDS.
 #
@@ -55,6 +56,8 @@ settings, from the environment:
                                  (default: 5)
   AZURE_PROVISIONING_TIMEOUT     time limit of a request, in seconds
                                  (default: 30)
+  AZURE_PROVISIONING_GROUPS      more groups for the user, with commas between
+                                 (default: none)
 
 Progress goes to stdout, failures go to stderr.
 exit status: 0 all steps are done, 1 a step failed, 2 wrong usage'
@@ -64,6 +67,7 @@ IMDS=${AZURE_PROVISIONING_IMDS-http://169.254.169.254}
 ATTEMPTS=${AZURE_PROVISIONING_ATTEMPTS-240}
 INTERVAL=${AZURE_PROVISIONING_INTERVAL-5} # seconds
 TIMEOUT=${AZURE_PROVISIONING_TIMEOUT-30}  # seconds
+EXTRA_GROUPS=${AZURE_PROVISIONING_GROUPS-}
 DRY_RUN=
 
 # What changes during a run.
@@ -172,6 +176,7 @@ check_settings() {
     check_number AZURE_PROVISIONING_ATTEMPTS "$ATTEMPTS" 1
     check_number AZURE_PROVISIONING_INTERVAL "$INTERVAL" 0
     check_number AZURE_PROVISIONING_TIMEOUT "$TIMEOUT" 1
+    check_groups AZURE_PROVISIONING_GROUPS "$EXTRA_GROUPS"
     WIRESERVER=${WIRESERVER%/}
     IMDS=${IMDS%/}
 }
@@ -202,6 +207,20 @@ check_number() {
     if [ "${#2}" -gt 6 ] || [ "$2" -lt "$3" ]; then
         usage_error "bad $1"
     fi
+}
+
+# check_groups NAME GROUPS: a usage error if they are no names of groups with commas between. '' is
+# no name.
+check_groups() {
+    local group IFS=','
+    case $2 in
+    *[!A-Za-z0-9._,-]* | ,* | *, | *,,*) usage_error "bad $1" ;;
+    esac
+    for group in $2; do
+        case $group in
+        [!A-Za-z_]* | ?????????????????????????????????*) usage_error "bad $1" ;; # 33 characters
+        esac
+    done
 }
 
 # run_steps: run $steps until one fails; returns the exit status
@@ -264,6 +283,12 @@ run_twice() {
     has_command "$1" || return 1
     sleep 1
     run "$@"
+}
+
+# ask COMMAND [ARGUMENT]...: sets $value to what a command prints, '' if it fails. It changes
+# nothing.
+ask() {
+    value=$("$@" </dev/null 2>/dev/null) || value=''
 }
 
 # say_done LINE: print that something has been changed; a dry run does not print it
@@ -990,7 +1015,7 @@ NO_LOGIN='no valid SSH key, and no password'
 
 # create_user: create the admin user, unless there is one, and let it log in with its keys; can fail
 create_user() {
-    local name shell=/bin/sh
+    local name
     say 'Retrieving user from IMDS'
     request_property user osProfile/adminUsername required || return
     name=$value
@@ -1003,13 +1028,9 @@ create_user() {
     fi
     find_account "$name" || return
     if [ -z "$account" ]; then
-        if [ -x /bin/bash ]; then
-            shell=/bin/bash
-        fi
-        if ! run useradd -m -s $shell "$name"; then
-            run adduser -D -s $shell "$name" # BusyBox's; whether it worked is seen below
-        fi
-        if [ -n "$DRY_RUN" ]; then # the account is not there, so the rest cannot be tried
+        add_account "$name" || return
+        if [ -n "$DRY_RUN" ]; then # the account is not there: its home cannot be tried
+            grant_root "$name"
             return
         fi
         find_account "$name" || return
@@ -1018,10 +1039,14 @@ create_user() {
     if is_system_account; then
         fail "$name is a system account" || return
     fi
+    case $shell in
+    */nologin | */false) complain "user: $name cannot log in: its shell is $shell" ;;
+    esac
     unlock_account || return
     if [ -n "$keys" ]; then
         authorize_keys || return
     fi
+    join_groups "$name" || return
     grant_root "$name"
 }
 
@@ -1070,7 +1095,7 @@ request_imds_keys() {
         fi
         retry user "$ATTEMPTS" "$1" $request publicKeys/$number/keyData || return
         has_key_text=$has_key_text$value
-        take_key $number "$value"
+        take_keys $number "$value"
         number=$((number + 1))
     done
 }
@@ -1081,7 +1106,7 @@ find_keys() {
     keys=''
     for text in $dvd_keys; do
         decode_entities "$text" || value=''
-        take_key $number "$value"
+        take_keys $number "$value"
         number=$((number + 1))
     done
     squeeze "$disable_passwords"
@@ -1091,16 +1116,38 @@ find_keys() {
     esac
 }
 
-# take_key NUMBER TEXT: add a text to the $keys, if it is an SSH key; say so, or not
-take_key() {
-    remove_characters "$CARRIAGE_RETURN$NEWLINE" "$2" # Azure may break a key into lines
-    squeeze "$value"
-    if is_ssh_key "$value"; then
-        say "SSH key: ${value%% *}"
-        keys=$keys$value$NEWLINE
-    else
-        complain "user: publicKeys/$1: no OpenSSH public key"
-    fi
+# take_keys NUMBER TEXT: add the valid SSH keys in the value of a number to $keys; say of each
+# whether it is one
+take_keys() {
+    local key IFS="$NEWLINE"
+    split_keys "$2"
+    for key in ${value:-$INVALID}; do
+        squeeze "$key"
+        if is_ssh_key "$value"; then
+            say "SSH key: ${value%% *}"
+            keys=$keys$value$NEWLINE
+        else
+            complain "user: publicKeys/$1: no OpenSSH public key"
+        fi
+    done
+}
+
+# split_keys TEXT: sets $value to the keys in a text, a line each.
+#
+# Azure may break a key into lines, and a user may give several keys. Another one begins in a line
+# that has its type in front, or behind options.
+split_keys() {
+    local each split='' IFS="$CARRIAGE_RETURN$NEWLINE"
+    for each in $1; do
+        squeeze "$each"
+        case $value in
+        '') continue ;;
+        ssh-* | ecdsa-* | sk-*) split=$split$NEWLINE ;;
+        *' ssh-'*' AAAA'* | *' ecdsa-'*' AAAA'* | *' sk-'*' AAAA'*) split=$split$NEWLINE ;;
+        esac
+        split=$split$each
+    done
+    value=$split
 }
 
 # remove_characters CHARACTERS TEXT: sets $value to the text without these characters
@@ -1144,7 +1191,8 @@ has_control_character() {
 
 # find_account NAME: sets $account to the user's name, or to '' if there is no such account; can
 # fail. Also sets $password_field, that of /etc/shadow, or of /etc/passwd if the user has no line
-# there; $uid and $gid, the numbers of the user and of its group; and $home, the path of its home.
+# there; $uid and $gid, the numbers of the user and of its group; $home, the path of its home; and
+# $shell, that of its shell.
 find_account() {
     local name="$1" IFS=':'
     account=''
@@ -1158,6 +1206,7 @@ find_account() {
     uid=${3-}
     gid=${4-}
     home=${6-}
+    shell=${7-}
     is_number "$uid" || fail "/etc/passwd: no valid line for $name" || return
     is_number "$gid" || fail "/etc/passwd: no valid line for $name" || return
     find_line /etc/shadow "$name" || return
@@ -1171,7 +1220,7 @@ find_account() {
     account=$name
 }
 
-# find_line FILE NAME: sets $line to the first line of /etc/passwd or /etc/shadow for a user, '' if
+# find_line FILE NAME: sets $line to the first line for a name, in /etc/passwd and its like, '' if
 # there is none; can fail
 find_line() {
     local each IFS="$NEWLINE"
@@ -1185,6 +1234,22 @@ find_line() {
             ;;
         esac
     done
+}
+
+# add_account NAME: make the user, with a group of its own, or with the one of the same name that is
+# there; can fail. Whether it worked is seen in /etc/passwd.
+add_account() {
+    local shell=/bin/sh group=''
+    if [ -x /bin/bash ]; then
+        shell=/bin/bash
+    fi
+    find_line /etc/group "$1" || return
+    if [ -n "$line" ]; then
+        group=$1
+    fi
+    run useradd -m -s $shell ${group:+-g "$group"} "$1" ||
+        run adduser -D -s $shell ${group:+-G "$group"} "$1" || # BusyBox's
+        return 0
 }
 
 # is_system_account: whether the $account is not for people: its number is below UID_MIN of
@@ -1220,14 +1285,21 @@ unlock_account() {
     esac
 }
 
-# authorize_keys: add the $keys to the authorized_keys of the $account, unless they are there; can
-# fail
+# authorize_keys: add the $keys to the file where sshd looks for those of the $account, unless they
+# are there; can fail
 authorize_keys() {
-    local folder="$home/.ssh" path="$home/.ssh/authorized_keys" lines key blob IFS="$NEWLINE"
+    local path folder lines key blob owner="$uid:$gid" mode=600 IFS="$NEWLINE"
+    find_keys_file || return
+    path=$value
+    folder=${path%/*}
     if [ -L "$folder" ] || [ -L "$path" ]; then # the user could have made it; this is root
         fail "$folder: a symlink is in the way" || return
     fi
-    make_ssh_folder || return
+    make_keys_folder || return
+    if ! is_in_home "$path"; then # the user has to be able to read it
+        owner=''
+        mode=644
+    fi
     read_file "$path" || return
     lines=$text${text:+$NEWLINE}
     for key in $keys; do
@@ -1239,16 +1311,91 @@ authorize_keys() {
         *) lines=$lines$key$NEWLINE ;;
         esac
     done
-    write_file "$path" 600 "$uid:$gid" printf %s "$lines"
+    write_file "$path" $mode "$owner" printf %s "$lines" || return
+    restore_labels user "$folder"
 }
 
-# make_ssh_folder: make its $folder of the keys, with modes that sshd accepts; can fail
-make_ssh_folder() {
+# find_keys_file: sets $value to the file where sshd looks for the keys of the $account. Fails if
+# that is no file.
+find_keys_file() {
+    local default="$home/.ssh/authorized_keys" patterns='.ssh/authorized_keys' each first=''
+    local IFS="$NEWLINE"
+    ask_sshd "$account"
+    for each in $value; do
+        case $each in
+        'authorizedkeysfile '*) patterns=${each#* } ;;
+        esac
+    done
+    IFS=' '
+    for each in $patterns; do
+        if expand_pattern "$each"; then
+            if [ "$value" = "$default" ]; then
+                return
+            fi
+            first=${first:-$value}
+        fi
+    done
+    value=$first
+    [ -n "$value" ] || fail 'sshd looks for keys in no file'
+}
+
+# expand_pattern PATTERN: sets $value to the path that a word of AuthorizedKeysFile stands for.
+# Returns 1 if it is 'none', or has a '%' that is not known here.
+expand_pattern() {
+    local rest="$1"
+    value=''
+    while [ "${rest%%'%'*}" != "$rest" ]; do # there is a '%' in it
+        value=$value${rest%%'%'*}
+        rest=${rest#*'%'}
+        case $rest in
+        h*) value=$value$home ;;
+        u*) value=$value$account ;;
+        *) return 1 ;;
+        esac
+        rest=${rest#?}
+    done
+    value=$value$rest
+    case $value in
+    none) return 1 ;;
+    /*) ;;
+    *) value=$home/$value ;;
+    esac
+}
+
+# ask_sshd NAME: sets $value to how sshd is configured for a user, lines of 'keyword value'; '' if
+# it does not tell.
+#
+# Since 9.3 it has -G, and tells it also without host keys.
+ask_sshd() {
+    local connection="user=$1,host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22"
+    ask sshd -T -G -C "$connection"
+    if [ -z "$value" ]; then
+        ask sshd -T -C "$connection"
+    fi
+}
+
+# is_in_home PATH: whether it is below the $home
+is_in_home() {
+    case $1 in
+    "$home"/*) ;;
+    *) return 1 ;;
+    esac
+}
+
+# make_keys_folder: make the $home, and its $folder of the keys, with modes that sshd accepts; can
+# fail
+make_keys_folder() {
+    local part="$folder"
     make_home || return
-    must_run "$folder" mkdir -p "$folder" || return
-    must_run "$folder" chown -h "$uid:$gid" "$folder" || return
-    must_run "$folder" chmod 700 "$folder" || return
-    must_run "$folder" chmod u+rwx,go-w "$home"
+    make_passable "$folder" || return
+    if is_in_home "$folder"; then
+        while is_in_home "$part"; do
+            must_run "$folder" chown -h "$uid:$gid" "$part" || return
+            part=${part%/*}
+        done
+        must_run "$folder" chmod 700 "$folder" || return
+        must_run "$folder" chmod u+rwx,go-w "$home"
+    fi
 }
 
 # make_home: make the $home if it is missing. If it is root's, finish it: useradd was interrupted.
@@ -1260,17 +1407,18 @@ make_home() {
         if [ "$owner_of_home" = "$uid" ]; then
             return
         fi
-        [ "$owner_of_home" = 0 ] || fail "$home: belongs to another user" || return
+        case $owner_of_home:$home in
+        0:/*/?*) ;;
+        *) fail "$home: belongs to another user" || return ;; # so do / and /usr
+        esac
     else
-        (
-            umask 022 # everybody may pass through the folders above the home
-            run mkdir -p "$home"
-        ) || fail "cannot make $home" || return
+        make_passable "$home" || return
     fi
     if [ -d /etc/skel ]; then
         must_run "$home" cp -R -p /etc/skel/. "$home" || return
     fi
-    must_run "$home" chown -R -h "$uid:$gid" "$home"
+    must_run "$home" chown -R -h "$uid:$gid" "$home" || return
+    restore_labels user "$home"
 }
 
 # find_owner FOLDER: print the number of the user that owns it
@@ -1281,6 +1429,14 @@ find_owner() {
     say "${3-}"
 }
 
+# make_passable FOLDER: make it, and those above it, so that everybody may pass through; can fail
+make_passable() {
+    (
+        umask 022
+        run mkdir -p "$1"
+    ) || fail "cannot make $1"
+}
+
 # must_run PATH COMMAND [ARGUMENT]...: run a command that makes the path; can fail
 must_run() {
     local path="$1"
@@ -1288,16 +1444,41 @@ must_run() {
     run "$@" || fail "cannot make $path"
 }
 
+# restore_labels STEP PATH: give a path, and what is in it, the labels that SELinux has for it, if
+# there is SELinux
+restore_labels() {
+    if has_command restorecon && ! run restorecon -R "$2"; then
+        complain "$1: restorecon failed for $2"
+    fi
+}
+
+# join_groups NAME: add the user to the EXTRA_GROUPS that there are; can fail
+join_groups() {
+    local group IFS=','
+    for group in $EXTRA_GROUPS; do
+        find_line /etc/group "$group" || return
+        if [ -z "$line" ]; then
+            complain "user: there is no group $group"
+        elif ! run usermod -a -G "$group" "$1" && ! run addgroup "$1" "$group"; then
+            fail "neither usermod nor addgroup added $1 to $group" || return
+        fi
+    done
+}
+
 # grant_root NAME: let the user become root without a password, with sudo or doas, if one accepts
 # the rule; can fail
 grant_root() {
     local rule="$1 ALL=(ALL:ALL) NOPASSWD:ALL" path=/etc/doas.conf mode=440 rules
-    if say "$rule" | run visudo -q -c -f -; then
-        write_file /etc/sudoers.d/azure-provisioning 440 '' printf '%s\n' "$rule"
+    # With sudo and doas, the last rule that fits counts: the file's name is behind others.
+    if say "$rule" | run visudo -q -c -f /dev/stdin; then
+        write_file /etc/sudoers.d/zz-azure-provisioning 440 '' printf '%s\n' "$rule" || return
+        restore_labels user /etc/sudoers.d/zz-azure-provisioning
+        remove_former /etc/sudoers.d/azure-provisioning || return
+        check_sudo "$1"
         return
     fi
     if [ -d /etc/doas.d ]; then
-        path=/etc/doas.d/azure-provisioning.conf
+        path=/etc/doas.d/zz-azure-provisioning.conf
     fi
     read_file "$path" || return
     add_last_line "$text" "permit nopass $1"
@@ -1307,14 +1488,36 @@ grant_root() {
         if [ -e "$value" ]; then
             mode=''
         fi
-        write_file "$value" "$mode" '' printf '%s\n' "$rules"
+        write_file "$value" "$mode" '' printf '%s\n' "$rules" || return
+        restore_labels user "$value"
+        remove_former /etc/doas.d/azure-provisioning.conf
         return
     fi
     complain "user: neither sudo nor doas takes a rule for $1" # it can log in all the same
 }
 
-# add_last_line TEXT LINE: sets $value to a text that ends with the line: doas goes by the last rule
-# that fits
+# remove_former FILE: remove the file in which an earlier version of this program wrote its rule;
+# can fail
+remove_former() {
+    if [ -e "$1" ] || [ -L "$1" ]; then
+        run rm -f "$1" || fail "cannot remove $1"
+    fi
+}
+
+# check_sudo NAME: say so if sudo does not give the user all rights: another rule may count, or its
+# file not
+check_sudo() {
+    if [ -n "$DRY_RUN" ]; then
+        return
+    fi
+    ask sudo -n -l -U "$1"
+    case $value in
+    *'(ALL : ALL) NOPASSWD: ALL') ;; # the last rule
+    *) complain "user: sudo does not say that $1 may do all without a password" ;;
+    esac
+}
+
+# add_last_line TEXT LINE: sets $value to a text that ends with the line
 add_last_line() {
     case $1 in
     '' | "$2") value=$2 ;;
@@ -1424,10 +1627,15 @@ mount_dvd() {
 # ---- Step password -----------------------------------------------------------------------------
 
 SSHD_CONFIG=/etc/ssh/sshd_config
+SSHD_DEFAULT=/usr/etc/ssh/sshd_config # openSUSE's: counts where there is none in /etc
+SSHD_DROP_INS='/etc/ssh/sshd_config.d/*.conf'
+SSHD_DROP_IN=/etc/ssh/sshd_config.d/00-azure-provisioning.conf
+# The last two are one setting since OpenSSH 8.7. Before, either of them lets in with a password.
+SSHD_KEYWORDS='PasswordAuthentication ChallengeResponseAuthentication KbdInteractiveAuthentication'
 
 # set_password: set the password of the admin user, and have sshd take passwords or not; can fail
 set_password() {
-    local name
+    local name is_given=''
     say 'Retrieving password from the DVD'
     retry password "$DVD_ATTEMPTS" required request_dvd || return
     squeeze "$user_name"
@@ -1439,16 +1647,14 @@ set_password() {
     fi
     # REDACTED stands in a copy of the file that cloud-init makes.
     if [ -n "$value" ] && [ "$value" != REDACTED ]; then
-        print_line "$name:$value" | run chpasswd || fail 'chpasswd failed' || return
+        store_password "$name" "$value" || return
         say_done 'Password set'
-    fi
-    if [ ! -f "$SSHD_CONFIG" ]; then
-        return
+        is_given=yes
     fi
     squeeze "$disable_passwords"
-    case $value in
-    [Tt][Rr][Uu][Ee]) configure_sshd no ;;
-    [Ff][Aa][Ll][Ss][Ee]) configure_sshd yes ;;
+    case $value$is_given in
+    [Tt][Rr][Uu][Ee] | [Tt][Rr][Uu][Ee]yes) configure_sshd "$name" no ;;
+    [Ff][Aa][Ll][Ss][Ee] | *yes) configure_sshd "$name" yes ;;
     esac
 }
 
@@ -1484,25 +1690,110 @@ print_line() {
     fi 2>/dev/null # the reader may be gone
 }
 
-# configure_sshd yes|no: have sshd ask for passwords, or not, in both of the ways that it has; can
+# store_password NAME PASSWORD: set the password of a user. Fails if chpasswd does not; PAM may
+# forbid it.
+store_password() {
+    print_line "$1:$2" | run chpasswd || fail 'chpasswd failed' || return
+    find_line /etc/shadow "$1" || return
+    if [ -z "$line" ]; then
+        find_line /etc/passwd "$1" || return
+    fi
+    value=${line#*:}
+    value=${value%%:*}
+    # BusyBox may make a hash of 13 characters, for which eight of the password count.
+    case $value in
+    *'$'*) ;;
+    ?????????????) print_line "$1:$2" | run chpasswd -c SHA512 || fail 'chpasswd failed' ;;
+    esac
+}
+
+# configure_sshd NAME yes|no: have sshd take passwords, or not, in all of the ways that it has; can
 # fail.
 #
-# Of several lines for one setting, sshd takes the first: the two lines are put at the top.
+# Of several lines for one setting, sshd takes the first. So ours are in a file that it reads before
+# others, or else at the top.
 configure_sshd() {
-    local ours="PasswordAuthentication $1${NEWLINE}KbdInteractiveAuthentication $1$NEWLINE" others
-    read_file "$SSHD_CONFIG" || return
-    others=$text${text:+$NEWLINE}
+    local config="$SSHD_CONFIG" ours='' keyword
+    if [ ! -f "$config" ]; then
+        config=$SSHD_DEFAULT
+    fi
+    if [ ! -f "$config" ]; then
+        if [ "$2" = no ] && has_command dropbear; then
+            complain 'password: dropbear takes passwords all the same'
+        fi
+        return
+    fi
+    for keyword in $SSHD_KEYWORDS; do
+        ours="$ours$keyword $2$NEWLINE"
+    done
+    read_file "$config" || return
+    if includes_drop_ins; then
+        value=$SSHD_DROP_IN
+        write_file "$value" 600 '' printf %s "$ours" || return
+    elif [ "$config" = "$SSHD_DEFAULT" ]; then # a file in /etc would take the place of all of it
+        fail "$SSHD_DEFAULT: no Include $SSHD_DROP_INS at the top" || return
+    else
+        drop_first_lines
+        file_behind "$SSHD_CONFIG"
+        write_file "$value" '' '' printf %s "$ours$text${text:+$NEWLINE}" || return
+    fi
+    restore_labels password "$value"
+    say_done "PasswordAuthentication: $2"
+    reload_sshd
+    check_sshd "$1" "$2"
+}
+
+# includes_drop_ins: whether the first line of the $text that is no comment includes the drop-ins
+includes_drop_ins() {
+    local each IFS="$NEWLINE"
+    for each in $text; do
+        squeeze "$each"
+        case $value in
+        '' | '#'*) continue ;;
+        [Ii][Nn][Cc][Ll][Uu][Dd][Ee]' '*) has_word "$SSHD_DROP_INS" "$value" ;;
+        *) return 1 ;;
+        esac
+        return
+    done
+    return 1
+}
+
+# drop_first_lines: take the lines of an earlier run from the top of the $text
+drop_first_lines() {
+    local first
     while :; do
-        case $others in # such as those of an earlier run
-        'PasswordAuthentication '*) others=${others#*"$NEWLINE"} ;;
-        'KbdInteractiveAuthentication '*) others=${others#*"$NEWLINE"} ;;
-        *) break ;;
+        first=${text%%"$NEWLINE"*}
+        has_word "${first%% *}" "$SSHD_KEYWORDS" || return 0
+        case $text in
+        *"$NEWLINE"*) text=${text#*"$NEWLINE"} ;;
+        *) text='' ;;
         esac
     done
-    file_behind "$SSHD_CONFIG"
-    write_file "$value" '' '' printf %s "$ours$others" || return
-    say_done "PasswordAuthentication: $1"
-    reload_sshd
+}
+
+# check_sshd NAME yes|no: fails if sshd says that it does not do for the user what its configuration
+# is for.
+#
+# Other lines may count more than ours: those of a Match, or in a file that is read before.
+check_sshd() {
+    if [ -n "$DRY_RUN" ] || ! has_command sshd; then
+        return
+    fi
+    ask_sshd "$1"
+    if [ -z "$value" ]; then
+        complain 'password: sshd does not tell what it does' # without host keys, an old one
+        return
+    fi
+    case $2$NEWLINE$value$NEWLINE in
+    yes*"${NEWLINE}passwordauthentication no$NEWLINE"*)
+        fail "sshd takes no password from $1 all the same"
+        ;;
+    no*"${NEWLINE}passwordauthentication yes$NEWLINE"* | \
+        no*"${NEWLINE}challengeresponseauthentication yes$NEWLINE"* | \
+        no*"${NEWLINE}kbdinteractiveauthentication yes$NEWLINE"*)
+        fail "sshd takes passwords from $1 all the same"
+        ;;
+    esac
 }
 
 # file_behind PATH: sets $value to the file that a symlink leads to, or to the path itself
@@ -1565,13 +1856,26 @@ decode_base64() {
 
 # ---- Step publish ------------------------------------------------------------------------------
 
-# publish_hostname: have the DHCP client renew the lease of the default route's interface, with the
-# hostname; can fail
+# publish_hostname: have the DHCP client of the default route's interface tell its server the
+# hostname; can fail. No other client is asked. This one is asked twice, as nmcli fails now and
+# then.
 publish_hostname() {
+    local interface client name
     find_interface
     [ -n "$interface" ] || fail 'no default route' || return
-    renew_lease || fail "no DHCP client renewed the lease of $interface" || return
-    say_done "Renewed the DHCP lease of $interface"
+    find_client
+    [ -n "$client" ] || fail "no known DHCP client has $interface" || return
+    name=$(uname -n) || return
+    if ! tell_server; then
+        sleep 1
+        tell_server ||
+            fail "$client did not tell the DHCP server of $interface the hostname" || return
+    fi
+    if [ "$client" = nmcli ]; then
+        say_done "nmcli has NetworkManager tell the DHCP server of $interface the hostname $name"
+    else
+        say_done "The DHCP server of $interface knows the hostname $name, from $client"
+    fi
 }
 
 # find_interface: sets $interface to that of the first default route, '' if there is none
@@ -1586,21 +1890,151 @@ find_interface() {
     done 2>/dev/null </proc/self/net/route
 }
 
-# renew_lease: ask the DHCP clients one by one to renew the lease of $interface; returns 1 if none
-# does
-renew_lease() {
-    run networkctl reconfigure "$interface" ||
-        run nmcli device reapply "$interface" ||
-        run dhcpcd -n "$interface" ||
-        renew_with_dhclient ||
-        run killall -USR1 udhcpc
+# find_client: sets $client to the command of the DHCP client that has $interface, '' if none is
+# known to
+find_client() {
+    networkd_lease
+    if [ -f "$value" ]; then
+        client=networkctl
+        return
+    fi
+    ask nmcli -g DHCP4.OPTION device show "$interface"
+    if [ -n "$value" ]; then
+        client=nmcli
+        return
+    fi
+    dhcpcd_lease
+    if [ -f "$DHCPCD_PID" ] && [ -f "$value" ]; then
+        client=dhcpcd
+        return
+    fi
+    for client in dhclient udhcpc; do
+        find_process "$client"
+        if [ -n "$value" ]; then
+            return
+        fi
+    done
+    client=''
 }
 
-# renew_with_dhclient: start a dhclient of our own, as the one that runs cannot be told to renew,
-# and end it. Its script is /bin/true, so that it leaves the interface as it is.
-renew_with_dhclient() {
-    run dhclient -1 -q -sf /bin/true "$interface" || return
-    run dhclient -x -q "$interface"
+# That of a dhcpcd for all interfaces. One that was started for a single one takes no hostname.
+DHCPCD_PID=/run/dhcpcd/pid
+
+# dhcpcd_lease: sets $value to the path of dhcpcd's lease for $interface, which stays there when
+# dhcpcd ends
+dhcpcd_lease() {
+    value=/var/lib/dhcpcd/$interface.lease
+}
+
+# networkd_lease: sets $value to the path of systemd-networkd's lease for $interface, which is
+# removed when systemd-networkd ends
+networkd_lease() {
+    ask cat "/sys/class/net/$interface/ifindex"
+    value=/run/systemd/netif/leases/$value
+}
+
+# find_process CLIENT: sets $value to its first process for $interface: PID COMMAND [ARGUMENT]...,
+# or ''
+find_process() {
+    ask pgrep -a -f "^([^ ]*[/ ])?$1 (.* )?$interface( |\$)"
+    value=${value%%"$NEWLINE"*}
+}
+
+# tell_server: have $client tell its server the hostname, $name; returns whether the server has
+# heard it. NetworkManager does not show that. It goes on telling the server until that answers.
+tell_server() {
+    case $client in
+    networkctl)
+        networkd_lease
+        renew "$value" networkctl reconfigure "$interface"
+        ;;
+    nmcli)
+        run nmcli device modify "$interface" ipv4.dhcp-hostname "$name"
+        ;;
+    dhcpcd)
+        dhcpcd_lease
+        renew "$value" dhcpcd -n -h "$name" "$interface"
+        ;;
+    dhclient)
+        run_second_dhclient
+        ;;
+    udhcpc)
+        # A second one, as the first one takes no hostname. With /bin/true it changes nothing here.
+        run udhcpc -n -q -f -i "$interface" -x "hostname:$name" -s /bin/true
+        ;;
+    esac
+}
+
+# renew LEASE COMMAND [ARGUMENT]...: run a command that only asks for a new lease; returns whether
+# it comes within 5 seconds
+renew() {
+    local lease="$1" old second
+    shift
+    identify "$lease"
+    old=$value
+    run "$@" || return
+    if [ -n "$DRY_RUN" ]; then
+        return
+    fi
+    for second in 1 2 3 4 5; do
+        identify "$lease"
+        if [ -n "$value" ] && [ "$value" != "$old" ]; then
+            return
+        fi
+        sleep 1
+    done
+    return 1
+}
+
+# identify FILE: sets $value to a text that is another one once the file has been written anew, ''
+# without a file
+identify() {
+    ask ls -l -i --full-time "$1"
+}
+
+# run_second_dhclient: run a second dhclient, as the one that has $interface cannot be asked, and
+# end it; returns whether the server has heard it. It has the arguments of the first one, and its
+# identity, for the same address, but not its lease, which it would take for an answer. With
+# /bin/true it changes nothing here.
+run_second_dhclient() {
+    local IFS=' ' words leases second word told=''
+    find_process dhclient
+    words=${value#* }
+    words=${words#* } # without the PID and the command
+    find_value -lf "$words"
+    leases=${value:-/var/lib/dhcp/dhclient.leases}
+    find_value -cf "$words"
+    ask grep -x 'send host-name = gethostname();' "${value:-/etc/dhcp/dhclient.conf}"
+    [ -n "$value" ] || return
+    ask sed -n '/^default-duid /p' "$leases" # sets $value, for write_file
+    second=$leases.second
+    set --
+    for word in $words; do
+        case $word in
+        -d | -nw) ;; # it is to wait, and to end
+        *) set -- "$@" "$word" ;;
+        esac
+    done
+    set -- "$@" -q -sf /bin/true -pf "$second.pid" -lf "$second"
+    if write_file "$second" 600 '' printf '%s\n' "$value" &&
+        run dhclient "$@" -1 && run dhclient "$@" -x; then
+        told=yes
+    fi
+    run rm -f "$second" "$second.pid"
+    [ -n "$told" ]
+}
+
+# find_value OPTION WORDS: sets $value to the word behind the option, '' if the option is not there
+find_value() {
+    local IFS=' ' word previous=''
+    value=''
+    for word in $2; do
+        if [ "$previous" = "$1" ]; then
+            value=$word
+            return
+        fi
+        previous=$word
+    done
 }
 
 # ---- Step remember -----------------------------------------------------------------------------

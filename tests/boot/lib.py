@@ -14,6 +14,7 @@ import pathlib
 import re
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -70,11 +71,13 @@ OVF = """<?xml version="1.0" encoding="utf-8"?>
       <ns1:UserName>{}</ns1:UserName>
       <ns1:UserPassword>{}</ns1:UserPassword>
       <ns1:DisableSshPasswordAuthentication>{}</ns1:DisableSshPasswordAuthentication>
+      <ns1:SSH><ns1:PublicKeys>{}</ns1:PublicKeys></ns1:SSH>
       <ns1:CustomData>Y3VzdG9tIGRhdGEK</ns1:CustomData>
     </ns1:LinuxProvisioningConfigurationSet>
   </ns1:ProvisioningSection>
 </ns0:Environment>
 """
+OVF_KEY = '<ns1:PublicKey><ns1:Value>{}</ns1:Value></ns1:PublicKey>'
 UUIDS = ['11111111-2222-3333-4444-%012d\n' % number for number in range(2)]
 KEYS = {
     'id_rsa': ['rsa'],
@@ -132,6 +135,7 @@ class Machine:
     """A system with a program installed; what one boot changes is there at the next."""
 
     def __init__(self, program, options, drop_in='', steps=''):
+        self.made_of = program, options, drop_in, steps
         self.tree = options.tree
         self.state = pathlib.Path(tempfile.mkdtemp(dir=options.folder))
         self.upper = self.state / 'upper'
@@ -177,12 +181,25 @@ class Machine:
         path.write_text(text)
         path.chmod(mode)
 
+    def link(self, path, target):
+        (self.upper / path).parent.mkdir(parents=True, exist_ok=True)
+        (self.upper / path).symlink_to(target)
+
+    def hide(self, path):
+        """Have a file of the tree be missing."""
+        (self.upper / path).parent.mkdir(parents=True, exist_ok=True)
+        os.mknod(str(self.upper / path), 0o600 | stat.S_IFCHR, os.makedev(0, 0))
+
     def enable(self, *units):
         subprocess.run(
             ['systemctl', '-q', '--root=%s' % self.upper, 'enable']
             + [unit + '.service' for unit in units],
             check=True,
         )
+
+    def disable(self):
+        """Disable the unit before the boot."""
+        (self.units / 'multi-user.target.wants/azure-provisioning.service').unlink()
 
     def mask(self, *units):
         subprocess.run(
@@ -192,6 +209,11 @@ class Machine:
 
     def enabled(self):
         return (self.units / 'multi-user.target.wants/azure-provisioning.service').is_symlink()
+
+    def cost(self):
+        """The CPU time of the last boot, all of it, in milliseconds."""
+        said = (self.state / 'cpu.stat').read_text()
+        return int(re.search('^usage_usec (.+)', said, re.MULTILINE).group(1)) / 1000
 
     def boot(self, meanwhile=lambda up: False):
         """Boot, and wait for the power to go off; return the report, a list a name.
@@ -337,8 +359,28 @@ def inside(program, options):
     return 0 if all(passed) else 1
 
 
+LEASE = """address {0} 10.0.0.4/24 dev lo
+route {0} 10.0.0.0/24 dev lo
+route {0} default via 10.0.0.1 dev lo
+"""  # as from a DHCP server; what is sent to the gateway gets lost
+
+
+def lease(change):
+    """Have a DHCP client's address and routes come or go: 'add', 'del'. Azure's addresses are on lo
+    whether or not there is a route.
+    """
+    subprocess.run(
+        ['ip', '-force', '-batch', '-'],
+        input=LEASE.format(change),
+        universal_newlines=True,
+        check=change == 'add',
+        stderr=subprocess.DEVNULL,
+    )
+
+
 def hold(check, program, options):
     """Hold a new machine with the program against a check, with the network there."""
+    lease('del')
     network('del')
     network('add')
     check(Machine(program, options, getattr(check, 'drop_in', ''), getattr(check, 'steps', '')))
@@ -381,9 +423,11 @@ def main(about, checks, needed=(), with_openrc=()):
     sys.exit(1 if any(run.returncode for run in runs) else 0)
 
 
-def ovf(disable):
+def ovf(disable, *keys):
     """What is on the DVD."""
-    return OVF.format(USER, escape(PASSWORD, {'"': '&quot;', "'": '&apos;'}), disable)
+    password = escape(PASSWORD, {'"': '&quot;', "'": '&apos;'})
+    keys = ''.join(OVF_KEY.format(escape(key)) for key in keys)
+    return OVF.format(USER, password, disable, keys)
 
 
 def has_user(machine, *keys):
@@ -443,10 +487,12 @@ def boot_and_log_in(machine, *options):
 
 def let_in(report, *ways):
     """Assert that these ways to log in lead in, and with sudo to root, with PAM and without; and no
-    other does.
+    other does. The second prompt for a password is one of PAM.
     """
     said = {name: value for name, (value, *_) in report.items() if name.startswith('login:')}
+    second = {'login:keyboard-interactive:with-PAM'} if 'password' in ways else set()
     ways = {'login:%s:%s' % (way, pam) for way in ways for pam in ('with-PAM', 'without-PAM')}
+    ways |= second
     assert ways <= set(said), said
     for way, value in said.items():
         assert value == USER + ' root' if way in ways else 'Permission denied' in value, said
@@ -505,6 +551,12 @@ class Guest(Machine):
             'nvme,serial=disk,drive=disk',
             *options,
         )
+
+    def answer(self, answers):
+        """Say what Azure's host in this guest answers."""
+        for endpoint, [answer] in answers.items():
+            name = endpoint + '.http' * (answer.kind == 'http')
+            self.write('azure-provisioning-tests/answers/' + name, answer.data.decode('latin-1'))
 
     def add_modules(self, *folders):
         """Put modules of the kernel in place, before the first boot."""

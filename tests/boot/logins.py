@@ -14,6 +14,7 @@ import contextlib
 import os
 import pathlib
 import re
+import shutil
 import socket
 import struct
 import subprocess
@@ -27,6 +28,7 @@ from lib import (
     KEYS,
     PASSWORD,
     SILENT,
+    KEY,
     USER,
     UUIDS,
     boot_and_log_in,
@@ -45,6 +47,35 @@ for where; do true; done
 exec /bin/mount --bind /azure-provisioning-tests/dvd "$where"
 """
 BAD_REQUEST = Answer('http', b'HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n')
+ALL_PROMPTS = """\
+PasswordAuthentication yes
+KbdInteractiveAuthentication yes
+ChallengeResponseAuthentication yes
+"""
+BUSYBOX = ['adduser', 'addgroup', 'chpasswd']
+NO_RIGHT = 'user: sudo does not say that %s may do all without a password' % USER
+USR_SSHD = '#!/bin/sh\nexec /usr/sbin/sshd -f /usr/etc/ssh/sshd_config "$@"\n'
+SLOW = """[Unit]
+DefaultDependencies=no
+[Service]
+Type=oneshot
+ExecStart=/bin/sleep 3
+[Install]
+WantedBy=multi-user.target
+"""
+LATE_HOME = """[Unit]
+After=slow.service
+Wants=slow.service
+[Mount]
+What=tmpfs
+Where=/home
+Type=tmpfs
+"""
+DROPBEAR = """[Service]
+ExecStart=/usr/sbin/dropbear -F -R -E -p 22
+[Install]
+WantedBy=multi-user.target
+"""
 NO_IPV6 = 'LinkLocalAddressing=no\nIPv6AcceptRA=no\n'
 # of a run: an endpoint that is silent; or a command that does not end, and what it does before
 POINTS = [
@@ -87,6 +118,12 @@ def is_ready(report, host):
     expect(
         report, {'kernel-hostname': 'web-1', 'azure-provisioning.service:ActiveState': 'inactive'}
     )
+
+
+def nothing_amiss(report):
+    """Assert that no step said that something is otherwise than it should be."""
+    said = [line for line in report['journal'] if line.startswith(('user: ', 'password: '))]
+    assert not said, said
 
 
 def files(machine, *folders):
@@ -167,13 +204,14 @@ def keys(machine):
     with Azure(answers) as host:
         report = boot_and_log_in(machine)
         is_provisioned(report, host.posts())
+    nothing_amiss(report)
     let_in(report, *KEYS)
     is_readable_by(
         machine,
         {
             'home/azureuser/.ssh': ('700', 1),
             'home/azureuser/.ssh/authorized_keys': ('600', 1),
-            'etc/sudoers.d/azure-provisioning': ('440', 0),
+            'etc/sudoers.d/zz-azure-provisioning': ('440', 0),
         },
     )
     known = subprocess.run(
@@ -197,6 +235,7 @@ def password(machine):
     with Azure(has_user(machine, 'id_ed25519')) as host:
         report = boot_and_log_in(machine)
         is_ready(report, host)
+    nothing_amiss(report)
     let_in(report, 'id_ed25519', 'password')
     everything = files(machine, '.')
     found = [path for path, what in everything.items() if PASSWORD.encode() in what[3]] + report[
@@ -228,6 +267,216 @@ def no_passwords(machine):
         is_ready(report, host)
     let_in(report, 'id_ed25519')
     assert re.search(USER + r':\$', (machine.upper / 'etc/shadow').read_text())
+
+
+def cloud_init(machine):
+    """A drop-in of cloud-init's lets sshd take passwords, and the DVD forbids it: it takes none."""
+    machine.write('etc/ssh/sshd_config.d/50-cloud-init.conf', ALL_PROMPTS)
+    no_passwords(machine)
+    assert not (machine.upper / 'etc/ssh/sshd_config').exists(), 'sshd_config has been changed'
+
+
+def first_lines(machine):
+    """An sshd_config without drop-ins, as before OpenSSH 8.2, lets in by each prompt: none does."""
+    machine.write('etc/ssh/sshd_config', 'UsePAM yes\n' + ALL_PROMPTS, 0o600)
+    no_passwords(machine)
+    assert oct((machine.upper / 'etc/ssh/sshd_config').stat().st_mode)[-3:] == '600'
+
+
+def default_prompts(machine):
+    """The same with an sshd_config that says nothing of prompts, and has their defaults."""
+    machine.write('etc/ssh/sshd_config', 'UsePAM yes\n')
+    no_passwords(machine)
+
+
+def all_prompts(machine):
+    """A drop-in forbids passwords, and the DVD has one without a word on sshd: it lets in."""
+    machine.write('etc/ssh/sshd_config.d/50-image.conf', ALL_PROMPTS.replace('yes', 'no'))
+    has_dvd(machine, disable='')
+    with Azure(has_user(machine, 'id_ed25519')) as host:
+        report = boot_and_log_in(machine)
+        is_ready(report, host)
+    nothing_amiss(report)
+    let_in(report, 'id_ed25519', 'password')
+
+
+def match(machine):
+    """A Match lets this user in with a password, though the DVD forbids it: NotReady says so."""
+    machine.write('etc/ssh/sshd_config', 'Match User %s\nPasswordAuthentication yes\n' % USER)
+    has_dvd(machine, disable='true')
+    is_refused(machine, 'password: sshd takes passwords from %s all the same' % USER)
+
+
+def in_usr(machine):
+    """sshd has its default in /usr/etc alone, as on openSUSE: a drop-in, and nothing hides it."""
+    default = machine.tree + '/etc/ssh/sshd_config'
+    machine.write('usr/etc/ssh/sshd_config', pathlib.Path(default).read_text())
+    machine.hide('etc/ssh/sshd_config')
+    machine.write('usr/local/sbin/sshd', USR_SSHD, 0o755)
+    has_dvd(machine, disable='true')
+    with Azure(has_user(machine, 'id_ed25519')) as host:
+        report = machine.boot()
+        is_ready(report, host)
+    nothing_amiss(report)
+    assert 'PasswordAuthentication: no' in report['journal'], report['journal']
+    assert files(machine, 'etc/ssh/sshd_config.d'), 'no drop-in'
+
+
+def in_usr_alone(machine):
+    """The same where that default reads no drop-ins: NotReady says so."""
+    machine.write('usr/etc/ssh/sshd_config', 'UsePAM yes\n')
+    machine.hide('etc/ssh/sshd_config')
+    has_dvd(machine, disable='true')
+    is_refused(machine, 'password: /usr/etc/ssh/sshd_config: no Include ')
+
+
+def keys_elsewhere(machine):
+    """sshd looks for keys elsewhere: they are there, and let in."""
+    machine.write('etc/ssh/sshd_config.d/50-image.conf', 'AuthorizedKeysFile /etc/keys/%u\n')
+    with Azure(has_user(machine, 'id_ed25519')) as host:
+        report = boot_and_log_in(machine)
+        is_provisioned(report, host.posts())
+    nothing_amiss(report)
+    let_in(report, 'id_ed25519')
+    assert set(files(machine, 'etc/keys')) == {'etc/keys/' + USER}
+
+
+def late_home(machine):
+    """/home is mounted seconds later than all else: the keys are there, and not below it."""
+    machine.write('etc/systemd/system/slow.service', SLOW)
+    machine.write('etc/systemd/system/home.mount', LATE_HOME)
+    machine.enable('slow')
+    with Azure(has_user(machine, 'id_ed25519')) as host:
+        report = boot_and_log_in(machine)
+        is_provisioned(report, host.posts())
+    let_in(report, 'id_ed25519')
+    assert not files(machine, 'home'), 'the home is below the mount'
+
+
+def left_home(machine):
+    """A home of another user, which the image has left, is not taken: NotReady says so."""
+    machine.write('home/%s/.ssh/authorized_keys' % USER, KEY + '\n')
+    subprocess.run(['chown', '-R', '4242:4242', str(machine.upper / 'home' / USER)], check=True)
+    is_refused(machine, 'user: /home/%s: belongs to another user' % USER)
+
+
+def pam_refuses(machine):
+    """PAM refuses the password: NotReady says so."""
+    machine.write('etc/pam.d/chpasswd', 'password requisite pam_deny.so\n')
+    has_dvd(machine)
+    is_refused(machine, 'password: chpasswd failed')
+
+
+def is_refused(machine, reason):
+    """Boot a machine, and assert that Azure was told NotReady, once, and this is the reason."""
+    with Azure(has_user(machine, 'id_ed25519')) as host:
+        report = machine.boot()
+        posts = [post.body.decode() for post in host.posts()]
+    assert len(posts) == 1 and 'result=error|reason=%s' % reason in posts[0], (posts, report)
+    assert any(line.startswith(reason) for line in report['journal']), report['journal']
+
+
+def groups(machine):
+    """A group of the user's name is there, and more are named: it is in all that there are."""
+    group = pathlib.Path(machine.tree, 'etc/group').read_text() + USER + ':x:5000:\n'
+    machine.write('etc/group', group)
+    with Azure(has_user(machine, 'id_ed25519')) as host:
+        report = boot_and_log_in(machine)
+        is_provisioned(report, host.posts())
+    let_in(report, 'id_ed25519')
+    assert 'user: there is no group nobodys' in report['journal'], report['journal']
+    group = (machine.upper / 'etc/group').read_text()
+    assert re.findall('(.*):x:[0-9]*:%s\n' % USER, group) == ['adm', 'users'], group
+    passwd = (machine.upper / 'etc/passwd').read_text()
+    assert re.search('%s:x:[0-9]+:5000:' % USER, passwd), passwd
+
+
+def sudo_rs(machine):
+    """The same with sudo-rs."""
+    for name in 'sudo', 'visudo':
+        has(machine, 'usr/bin/%s-rs' % name)
+        machine.link('usr/local/bin/' + name, '/usr/bin/%s-rs' % name)
+    becomes_root(machine)
+
+
+def real_sudo(machine):
+    """The user becomes root with sudo, and loses that to a later file, and that is said."""
+    becomes_root(machine)
+
+
+def becomes_root(machine):
+    """Boot a machine twice: the user becomes root, and then a file of sudoers.d forbids it."""
+    answers = has_user(machine, 'id_ed25519')
+    for file, wanted in ('90-cloud-init-users', []), ('zzz', [NO_RIGHT]):
+        machine.write('etc/sudoers.d/' + file, USER + ' ALL=(ALL) ALL\n', 0o440)
+        with Azure(answers) as host:
+            report = boot_and_log_in(machine)
+            assert len(host.posts()) == 1, host.requests
+        said = [line for line in report['journal'] if line.startswith('user: ')]
+        assert said == wanted, (said, report)
+        if not wanted:
+            let_in(report, 'id_ed25519')
+
+
+def doas(machine):
+    """With doas in the place of sudo, the user becomes root."""
+    has(machine, 'usr/bin/doas')
+    machine.hide('usr/bin/sudo')
+    machine.hide('usr/sbin/visudo')
+    machine.write('usr/local/bin/sudo', '#!/bin/sh\nexec doas "$@"\n', 0o755)
+    with Azure(has_user(machine, 'id_ed25519')) as host:
+        report = boot_and_log_in(machine)
+        is_provisioned(report, host.posts())
+    nothing_amiss(report)
+    let_in(report, 'id_ed25519')
+
+
+def dropbear(machine):
+    """With dropbear in the place of sshd, the key lets in, and so does the password, as is said."""
+    has(machine, 'usr/sbin/dropbear')
+    machine.hide('usr/sbin/sshd')
+    machine.hide('etc/ssh/sshd_config')
+    has_dvd(machine, disable='true')
+    answers = has_user(machine, 'id_ed25519')
+    machine.write('etc/dropbear/README', '')
+    machine.write('etc/systemd/system/dropbear.service', DROPBEAR)
+    machine.enable('dropbear')
+    with Azure(answers) as host:
+        report = boot_and_log_in(machine)
+        is_ready(report, host)
+    assert 'password: dropbear takes passwords all the same' in report['journal'], report['journal']
+    expect(report, {'login:id_ed25519:dropbear': USER + ' root'})
+    expect(report, {'login:password:dropbear': USER + ' root'})
+
+
+def busybox(machine):
+    """BusyBox makes the user, adds it to a group, and stores a hash that counts all characters."""
+    binary = shutil.which('busybox')
+    if not binary:
+        raise Skipped('no busybox')
+    applets = subprocess.run([binary, '--list'], stdout=subprocess.PIPE).stdout.decode().split()
+    missing = [name for name in BUSYBOX if name not in applets]
+    if missing:
+        raise Skipped('the BusyBox of this machine has no ' + ', '.join(missing))
+    machine.write('usr/local/bin/busybox', '', 0o755)
+    shutil.copy(binary, str(machine.upper / 'usr/local/bin/busybox'))
+    for name in BUSYBOX:
+        machine.link('usr/local/sbin/' + name, '/usr/local/bin/busybox')
+    for name in 'useradd', 'usermod', 'chpasswd':
+        machine.hide('usr/sbin/' + name)
+    has_dvd(machine)
+    with Azure(has_user(machine, 'id_ed25519')) as host:
+        report = boot_and_log_in(machine)
+        is_ready(report, host)
+    let_in(report, 'id_ed25519', 'password')
+    assert re.search('users:x:[0-9]*:%s\n' % USER, (machine.upper / 'etc/group').read_text())
+    assert re.search(USER + r':\$[56]\$', (machine.upper / 'etc/shadow').read_text())
+
+
+def has(machine, path):
+    """Skip a check if the tree does not have this."""
+    if not pathlib.Path(machine.tree, path).exists():
+        raise Skipped('no /%s in the tree' % path)
 
 
 def recapture(machine):
@@ -409,7 +658,22 @@ ExecStartPre=/bin/sh -c 'until cut -f 2 /proc/self/net/route | grep -q 00000000;
 publish.steps = 'hostname publish ready disable'
 password.steps = no_passwords.steps = recapture.steps = STEPS
 again.steps = power_cut.steps = 'user password data hostname ready'
-not_ready.steps = 'user hostname ready'
-CHECKS = [keys, password, no_passwords, recapture, again, power_cut, not_ready, publish]
+not_ready.steps = left_home.steps = 'user hostname ready'
+for check in cloud_init, first_lines, default_prompts, all_prompts, match, pam_refuses:
+    check.steps = STEPS
+for check in in_usr, in_usr_alone, dropbear, busybox:
+    check.steps = STEPS
+for check in keys_elsewhere, late_home, groups, doas:
+    check.steps = 'user hostname ready disable'
+for check in sudo_rs, real_sudo:
+    check.steps = 'user hostname ready'
+busybox.drop_in = '[Service]\nEnvironment=AZURE_PROVISIONING_GROUPS=users\n'
+groups.drop_in = '[Service]\nEnvironment=AZURE_PROVISIONING_GROUPS=adm,nobodys,users\n'
+CHECKS = [
+    *(keys, password, no_passwords, cloud_init, first_lines, default_prompts, all_prompts, match),
+    *(in_usr, in_usr_alone, keys_elsewhere, late_home, left_home, pam_refuses, groups),
+    *(real_sudo, sudo_rs, doas, dropbear, busybox),
+    *(recapture, again, power_cut, not_ready, publish),
+]
 if __name__ == '__main__':
     main(__doc__, CHECKS, NEEDED)

@@ -11,18 +11,23 @@ DVD ssh-keygen and genisoimage, and OpenSSH, sudo and kmod in TREE.
 """
 
 import argparse
+import contextlib
+import json
 import mmap
 import os
 import pathlib
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 
 import kit_path  # noqa: F401  before the modules of the kit
-from host import ENDPOINTS
+from host import ENDPOINTS, Answer
 from lib import (
+    FEW,
     KEY,
     GOOD_RUN,
     OTHER_ID,
@@ -49,6 +54,16 @@ from lib import (
 )
 from run import PROJECT
 from tap import Skipped, tell
+
+DRIVER = 'ata_piix\n'  # the drive's, which udev would load
+LATE_DRIVE = """[Service]
+ExecStart=/bin/sh /azure-provisioning-tests/late-drive
+StandardOutput=append:/dev/console
+RuntimeMaxSec=200
+[Install]
+WantedBy=multi-user.target
+"""
+BAD_REQUEST = Answer('http', b'HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n')
 
 
 def debian(program, tree):
@@ -83,35 +98,63 @@ def dvd_udf(program, tree):
     """The user logs in with the password on a real DVD, UDF; the next boot asks nothing; an image
     without DVD fails.
     """
-    dvd(program, tree, 'udf')
+    guest = dvd_guest(program, tree, 'udf', 'user data password hostname ready remember')
+    guest.write('etc/modules-load.d/dvd.conf', DRIVER)
+    guest.answer(has_user(guest, 'id_ed25519'))
+    dvd = burnt_dvd()
+    used_dvd(guest, boot_and_log_in(guest, *drive(dvd)))
+
+    report = guest.boot(*drive(dvd))
+    assert 'request' not in report, report
+    report = guest.boot('-uuid', OTHER_ID)
+    (posted,) = report['posted']
+    assert '|reason=password: gave up after 30 attempts: ovf-env.xml: no DVD|' in posted, posted
+    assert 'userData: /var/lib/azure-provisioning/user-data' in report['journal'], report
 
 
 def dvd_iso9660(program, tree):
-    """So it is with a kernel that does not know UDF, but ISO 9660."""
-    dvd(program, tree, 'isofs')
+    """So it is with a kernel that does not know UDF, but ISO 9660; and where first the drive and
+    then the medium in it are late.
+    """
+    guest = dvd_guest(program, tree, 'isofs', 'user data password hostname ready remember')
+    guest.write('etc/systemd/system/late-drive.service', LATE_DRIVE)
+    guest.enable('late-drive')
+    guest.answer(has_user(guest, 'id_ed25519'))
+    with insertion(burnt_dvd()):
+        report = boot_and_log_in(guest, '-qmp', 'unix:qmp,server=on,wait=off', *drive())
+    assert 'data: attempt 8 of 30: ovf-env.xml: no DVD' in report['journal'], report
+    used_dvd(guest, report)
 
 
-def dvd(program, tree, file_system):
+def azure_stack(program, tree):
+    """Where IMDS has nothing and says 400 for ever, as on Azure Stack, the user, the key and the
+    hostname come from the DVD.
+    """
+    guest = dvd_guest(program, tree, 'udf', 'user data hostname ready remember')
+    guest.write('etc/modules-load.d/dvd.conf', DRIVER)
+    guest.write('etc/systemd/system/azure-provisioning.service.d/tests.conf', FEW)
+    [key] = has_user(guest, 'id_ed25519')['keyData']
+    guest.answer(dict.fromkeys(set(ENDPOINTS) - {'goalstate', 'health'}, [BAD_REQUEST]))
+    report = boot_and_log_in(guest, *drive(burnt_dvd(key.data.decode())))
+    expect(report, {'kernel-hostname': 'web-1', 'static-hostname': 'web-1'})
+    assert report['posted'] == POSTED, report
+    let_in(report, 'id_ed25519')
+
+
+def dvd_guest(program, tree, file_system, steps):
+    """A guest that can read a DVD with this file system."""
     for command in 'ssh-keygen', 'debugfs', 'genisoimage':
         if not shutil.which(command):
             raise Skipped('no ' + command)
-    guest = Guest(program, tree or debian_tree(), 'user data password hostname ready remember')
+    guest = Guest(program, tree or debian_tree(), steps)
     guest.add_modules(
         'drivers/ata', 'drivers/scsi', 'drivers/cdrom', 'lib', 'fs/nls', 'fs/' + file_system
     )
-    guest.write('etc/modules-load.d/dvd.conf', 'ata_piix\n')  # the drive's, which udev would load
-    for endpoint, [answer] in has_user(guest, 'id_ed25519').items():
-        guest.write('azure-provisioning-tests/answers/' + endpoint, answer.data.decode('latin-1'))
+    return guest
 
-    drive = [
-        '-device',
-        'piix3-ide,id=ide',
-        '-device',
-        'ide-cd,bus=ide.0,drive=dvd',
-        '-drive',
-        'if=none,id=dvd,media=cdrom,format=raw,readonly=on,file=' + burnt_dvd(),
-    ]
-    report = boot_and_log_in(guest, *drive)
+
+def used_dvd(guest, report):
+    """Assert that a first boot took what is on the DVD, and the password is nowhere else."""
     assert report['posted'] == POSTED, report
     let_in(report, 'id_ed25519', 'password')
     assert 'password-in' not in report, report['password-in']
@@ -125,18 +168,50 @@ def dvd(program, tree, file_system):
             len(re.findall(re.escape(PASSWORD.encode()), content)) == 1
         )  # in logins.d/password, for the login
 
-    report = guest.boot(*drive)
-    assert 'request' not in report, report
-    report = guest.boot('-uuid', OTHER_ID)
-    (posted,) = report['posted']
-    assert '|reason=password: gave up after 5 attempts: ovf-env.xml: no DVD|' in posted, posted
-    assert 'userData: /var/lib/azure-provisioning/user-data' in report['journal'], report
+
+@contextlib.contextmanager
+def insertion(dvd):
+    """Put a DVD into the drive of the guest that boots meanwhile, once it says that it waits."""
+    pathlib.Path('console').write_text('')
+    ended = threading.Event()
+    thread = threading.Thread(target=insert, args=(dvd, ended))
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
-def burnt_dvd():
+def insert(dvd, ended):
+    """Do the work of insertion, over the QEMU Machine Protocol."""
+    while 'drive=empty' not in pathlib.Path('console').read_text(errors='replace'):
+        if ended.wait(0.1):
+            return
+    change = {'id': 'drive', 'filename': os.path.abspath(dvd), 'format': 'raw'}
+    with socket.socket(socket.AF_UNIX) as qmp:
+        qmp.connect('qmp')
+        lines = qmp.makefile('rw')
+        for command, arguments in ('qmp_capabilities', {}), ('blockdev-change-medium', change):
+            lines.write(json.dumps({'execute': command, 'arguments': arguments}) + '\n')
+            lines.flush()
+            while not re.match('{"(return|error)"', lines.readline()):
+                pass  # a greeting, or an event
+
+
+def drive(dvd=''):
+    """Options of QEMU: a drive, and a DVD in it."""
+    ide = ['-device', 'piix3-ide,id=ide', '-device', 'ide-cd,id=drive,bus=ide.0']
+    if not dvd:
+        return ide
+    ide[-1] += ',drive=dvd'
+    return [*ide, '-drive', 'if=none,id=dvd,media=cdrom,format=raw,readonly=on,file=' + dvd]
+
+
+def burnt_dvd(*keys):
     """A DVD that can be read as UDF and as ISO 9660, as Azure's can."""
     os.mkdir('dvd')
-    pathlib.Path('dvd/ovf-env.xml').write_text(ovf('false'))
+    pathlib.Path('dvd/ovf-env.xml').write_text(ovf('false', *keys))
     have('genisoimage', '-udf', '-R', '-o', 'dvd.iso', 'dvd')
     shutil.rmtree('dvd')
     return 'dvd.iso'
@@ -226,6 +301,7 @@ def main():
         ('sh', sandbox),
         ('py', dvd_udf),
         ('sh', dvd_iso9660),
+        ('sh', azure_stack),
         ('sh', busybox),
         ('sh', busybox_user),
     ]

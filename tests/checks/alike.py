@@ -47,6 +47,7 @@ ONLY_SHELL = {
     'find_owner': 'Python has os.stat',
     'decode_entities': 'Python has an XML parser',
     'print_line': 'Python gives a command its input',
+    'drop_first_lines': 'Python has del',
     'file_behind': 'Python has os.path.realpath',
     'decode_base64': 'Python has base64',
 }
@@ -55,6 +56,7 @@ PAIRS = {
     ('read_settings', 'check_settings'): 'the shell reads the environment above its functions',
     ('read_url', 'check_url'): 'the same',
     ('read_number', 'check_number'): 'the same',
+    ('read_groups', 'check_groups'): 'the same',
     ('sync', 'sync_path'): 'the shell runs a command that is called sync',
     ('find_fields', 'find_line'): 'the shell splits the line where it needs the fields',
 }
@@ -136,8 +138,8 @@ def check(python, shell):
     yield from difference(python_defaults(python), shell_defaults(shell))
     usages = PYTHON_USAGE.findall(python), SHELL_USAGE.findall(shell)
     yield from difference(*(''.join(usage).split('\n') for usage in usages))
-    if len(shell_defaults(shell)) != 5 or len(usages[1]) != 1:
-        yield 'five settings and one usage were expected'
+    if len(shell_defaults(shell)) != 6 or len(usages[1]) != 1:
+        yield 'six settings and one usage were expected'
 
 
 def main():

@@ -1,8 +1,8 @@
 """What an XML library finds in a goal state, and where a program may find something else.
 
 The outcome for a document is the text of its three values, or the reason why it was refused, as the
-scripts print it. The contract leaves it open (`either`) whether some documents are taken, as Azure
-does not send them. A wrong value must never be taken.
+scripts print it. The contract leaves it open (X8) whether some documents are taken, as Azure does
+not send them. A wrong value must never be taken.
 """
 
 import re

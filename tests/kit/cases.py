@@ -12,6 +12,7 @@ import re
 import files
 import text
 from host import ENDPOINTS, FAULTS, Answer, endpoint_of, leads_out
+from sandbox import MACHINE_NAME
 
 CASES = pathlib.Path(__file__).resolve().parent / 'cases'
 SUFFIXES = ('.cases', '.case')
@@ -20,9 +21,31 @@ FIELD = re.compile(r'(\S+?):(?: (.*))?')
 HEADING = re.compile(r'\[(must|must-not|either|cases)\]')
 BLOCK = re.compile('== (.+)')
 ANSWER = re.compile('(%s)(-[0-9]+)?' % '|'.join(ENDPOINTS))
-EXPECTED = ('exit', 'requests', 'posted', 'commands', 'files', 'waits', 'stdout', 'stderr')
-TEXTS = EXPECTED + ('why', 'arguments', 'curlrc', 'before', 'network', 'failing', 'missing')
+EXPECTED = (
+    'exit',
+    'requests',
+    'posted',
+    'commands',
+    'files',
+    'hostname',
+    'waits',
+    'stdout',
+    'stderr',
+)
+TEXTS = EXPECTED + (
+    'why',
+    'arguments',
+    'curlrc',
+    'before',
+    'network',
+    'failing',
+    'missing',
+    'umask',
+    'output',
+    'signal',
+)
 TABLES = ('values', 'settings', 'answers')  # of names; those of a case are added to the common ones
+OUTPUTS = ('full', 'gone')  # what cannot be written to
 ADDED = ('before', 'files')  # so are the lines of these
 REPLY = re.compile(r'HTTP ([^\["]*?)((?: \[.*?\])*)(?: (".*"))?', re.DOTALL)
 CELL = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^" ]| (?! ))+')
@@ -283,8 +306,15 @@ class Case:
                 self.settings[each.upper()] = layer.texts[each].strip()
         self.curlrc = layer.texts.get('curlrc')
         self.without_network = 'network' in layer.texts
+        self.output = layer.texts.get('output', '').strip()
+        self.signal = layer.texts.get('signal', '').strip()
+        self.umask = layer.texts.get('umask', '022').strip()
         self.answers = self.answers_of(layer)
         self.before = None
+        if self.output not in ('', *OUTPUTS):
+            raise BadCase('no such output: %s' % self.output)
+        if 'umask' in layer.texts and 'files' not in layer.texts:
+            raise BadCase('an umask is looked at with files only')
         if 'before' in layer.texts or 'files' in layer.texts:
             before = self.family.common.before + layer.texts.get('before', '')
             self.before = files.changed({}, self.listing(before))
@@ -323,14 +353,20 @@ class Case:
             return Answer('fault', rest)
         if kind == 'file':
             return Answer('body', self.family.bytes_of(self.filled(rest)))
+        if kind == 'slow':
+            seconds, _, rest = rest.partition(' ')
+            return Answer('slow', (float(seconds), self.bytes_of(rest)))
         kind = {'reply': 'http', 'reset': 'reset'}.get(kind, 'body')
-        written = written if kind == 'body' else rest
-        return Answer(kind, text.encoded(text.whole(text.unquoted(written), self.values)))
+        return Answer(kind, self.bytes_of(written if kind == 'body' else rest))
+
+    def bytes_of(self, written):
+        """The bytes that are written so."""
+        return text.encoded(text.whole(text.unquoted(written), self.values))
 
     def reply(self, written):
         """The bytes of a reply that is written as HTTP STATUS [HEADER]... "BODY"."""
         status, headers, body = REPLY.fullmatch(written).groups()
-        body = text.encoded(text.whole(text.unquoted(body or ''), self.values))
+        body = self.bytes_of(body or '')
         lines = (
             [status]
             + re.findall(r'\[(.*?)\]', headers)
@@ -351,6 +387,7 @@ class Case:
             )
         if self.before is not None:
             expected['files'] = self.listing(layer.texts.get('files', ''))
+            expected.setdefault('hostname', MACHINE_NAME + '\n')
         return expected
 
     def check(self, outcome):

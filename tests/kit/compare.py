@@ -20,6 +20,7 @@ OUR_HEADERS = {
     'Accept-Encoding': 'identity',
     'Connection': 'close',
 }
+FORBIDDEN = ('cookie',)
 USAGE = re.compile('^usage: .*', re.MULTILINE | re.DOTALL)
 WIDTH = 110  # of a line that is shown whole
 MOST = 12  # lines that are shown
@@ -39,8 +40,17 @@ def differences(expected, did, strict):
             yield from different_waits([float(each) for each in wanted.split()], got)
         elif name == 'posted' and not strict and same_xml(wanted, got):
             continue
-        elif wanted != got:
-            yield different_text(name, wanted, got)
+        elif wanted != with_any(wanted, got):
+            yield different_text(name, wanted, with_any(wanted, got))
+
+
+def with_any(wanted, got):
+    """What was got, with {any} in the place of each line that may be any."""
+    lines = got.split('\n')
+    for number, line in enumerate(wanted.split('\n')[: len(lines)]):
+        if line == '{any}':
+            lines[number] = line
+    return '\n'.join(lines)
 
 
 def different_files(wanted, got):
@@ -121,7 +131,8 @@ def same_xml(*texts):
     """Whether lines of XML say the same."""
 
     def tree(element):
-        return element.tag, (element.text or '').strip(), [tree(child) for child in element]
+        texts = [(each or '').strip() for each in (element.text, element.tail)]
+        return element.tag, element.attrib, texts, [tree(child) for child in element]
 
     try:
         one, other = (
@@ -147,7 +158,11 @@ def wrong_headers(requests, strict):
             if request.body:
                 wanted['Content-Length'] = str(len(request.body))
         wanted = {name.lower(): value for name, value in wanted.items()}
-        kept = {name: value for name, value in sent.items() if strict or name in wanted}
+        kept = {
+            name: value
+            for name, value in sent.items()
+            if strict or name in wanted or name in FORBIDDEN
+        }
         if kept != wanted:
             shown = [
                 ''.join('%s: %s\n' % header for header in sorted(headers.items()))

@@ -42,10 +42,11 @@ ENDLESS = {  # a head, and what follows again and again
 }
 FAULTS = ('silent', 'close', 'reset', 'drip', 'drip-head', *ENDLESS)
 LONGEST = 60  # seconds that a fault goes on, should nobody hang up
+PAUSE = 0.2  # seconds from one byte to the next of what comes slowly
 MOST = 64 << 20  # bytes that an endless reply sends, should nobody hang up
 
 # kind: 'http', all the bytes of a reply; 'body', the body of a good one; 'reset', bytes and then a
-# reset; 'fault', a word of FAULTS
+# reset; 'slow', the seconds that a reply takes, and its bytes; 'fault', a word of FAULTS
 Answer = collections.namedtuple('Answer', 'kind data')
 Request = collections.namedtuple('Request', 'line headers body time server')
 
@@ -102,6 +103,7 @@ class Host:
         self.asked = collections.Counter()
         self.lock = threading.Lock()
         self.ended = threading.Event()
+        self.requested = threading.Event()
         self.sockets = []
         self.elsewhere = ''
 
@@ -176,6 +178,7 @@ class Host:
         request = Request(re.sub(r' HTTP/1\.1$', '', line), headers, body, time.monotonic(), server)
         with self.lock:
             self.requests.append(request)
+        self.requested.set()
         return request
 
     def answer(self, request):
@@ -199,6 +202,9 @@ class Host:
     def reply(self, connection, answer):
         if answer.kind == 'fault':
             self.fault(connection, answer.data)
+            return
+        if answer.kind == 'slow':
+            self.slowly(connection, *answer.data)
             return
         connection.sendall(self.message(answer))
         if answer.kind == 'reset':
@@ -228,12 +234,22 @@ class Host:
                 connection.sendall(block)
 
     def drip(self, connection, head):
-        """A byte a second behind a head, or behind a part of one."""
+        """A byte now and then behind a head, or behind a part of one."""
         connection.sendall(b'HTTP/1.1 200 OK\r\n' + head)
-        for _ in range(LONGEST):
+        for _ in range(int(LONGEST / PAUSE)):
             connection.sendall(b'<')
-            if self.ended.wait(1):
+            if self.ended.wait(PAUSE):
                 return
+
+    def slowly(self, connection, seconds, data):
+        """All bytes of a reply, evenly over some seconds."""
+        length = -(-len(data) // int(seconds / PAUSE))  # of a piece, rounded up
+        for start in range(0, len(data), length):
+            if self.ended.wait(PAUSE):
+                return
+            connection.sendall(data[start : start + length])
+        connection.shutdown(socket.SHUT_WR)
+        connection.recv(1)  # until the program has read all of it
 
 
 class Azure(Host):

@@ -37,6 +37,7 @@ WRITABLE = (
 )  # the first that is there becomes the folder for temporary files
 SERVICES = ('/run/dbus', '/run/systemd')  # whose sockets lead to what runs on this machine
 HOSTNAME = '/proc/sys/kernel/hostname'
+MACHINE_NAME = 'sandbox'  # the hostname in the sandbox
 HIDDEN = ('home', 'var/lib')  # of the folders that are replaced, those in which a program may be
 NOT_ENTERED = 125  # exit status where the root could not be put in place
 ENTER = """
@@ -69,7 +70,7 @@ def enter():
         os.chroot('/sys')
         os.chdir(here)
     protect()
-    socket.sethostname('sandbox')
+    socket.sethostname(MACHINE_NAME)
     lo_up()
 
 

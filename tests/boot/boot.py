@@ -103,7 +103,7 @@ def first_boot(machine):
         is_provisioned(report, host.posts())
     ready = host.posts()[0].time
     assert 0 < ready < moment(report, 'network.target'), report
-    measured('Ready %.2f s after systemd was started', ready - machine.began)
+    measured('%s: Ready %.2f s after systemd was started', machine.program, ready - machine.began)
     said = [line for line in report['journal'] if not line.startswith('Removed ')]  # by systemctl
     assert said == GOOD_RUN, said
     boots_again(machine)
@@ -124,7 +124,9 @@ def cost(machine):
         costs.append(each.cost())
     assert len(host.posts()) == 1, host.requests
     more = costs[1] - costs[0]
-    measured('CPU of a boot without the unit %.0f ms, with it %.0f ms more', costs[0], more)
+    measured(
+        '%s: CPU of a boot %.0f ms, with the unit %.0f ms more', machine.program, costs[0], more
+    )
     assert more < 250, costs  # on an idle machine 100 to 160
 
 
@@ -144,7 +146,7 @@ def late_network(machine):
     with Azure() as host:
         report = machine.boot(meanwhile)
         is_provisioned(report, host.posts())
-    is_prompt(host, came, 'the network', 1)
+    is_prompt(machine, host, came, 'the network', 1)
     expect(
         report,
         {'network-online.target:ActiveState': 'inactive', 'getty.target:ActiveState': 'active'},
@@ -172,7 +174,7 @@ def mended_route(machine):
         report = machine.boot(meanwhile)
         is_provisioned(report, host.posts())
     assert 'ready: attempt 1 of 2400: goal state: timed out' in report['journal'], report
-    is_prompt(host, came, 'a route is mended', 5)
+    is_prompt(machine, host, came, 'a route is mended', 5)
 
 
 def late_wireserver(machine):
@@ -186,14 +188,14 @@ def late_wireserver(machine):
 
     with Azure(away=['wireserver']) as host:
         is_provisioned(machine.boot(meanwhile), host.posts())
-    is_prompt(host, came, 'the WireServer', 2)
+    is_prompt(machine, host, came, 'the WireServer', 2)
     boots_again(machine)
 
 
-def is_prompt(host, came, what, limit):
+def is_prompt(machine, host, came, what, limit):
     """Assert that Ready was reported within so many seconds of something."""
     late = host.posts()[0].time - came[0]
-    measured('Ready %.2f s after %s', late, what)
+    measured('%s: Ready %.2f s after %s', machine.program, late, what)
     assert 0 < late < limit, late
 
 

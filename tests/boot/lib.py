@@ -136,6 +136,7 @@ class Machine:
 
     def __init__(self, program, options, drop_in='', steps=''):
         self.made_of = program, options, drop_in, steps
+        self.program = program
         self.tree = options.tree
         self.state = pathlib.Path(tempfile.mkdtemp(dir=options.folder))
         self.upper = self.state / 'upper'

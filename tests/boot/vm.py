@@ -3,11 +3,12 @@
 
 Guests without a network card; Azure's host is inside each, on its lo, and tells the console what it
 is asked. For each of the two scripts a Debian, TREE or one made for it (tree), with its systemd as
-PID 1 and what `make install` installs, and another one with a DVD; for the one in shell also a
-system of nothing but BusyBox, started as the README says. The kernel is Debian's for clouds. Prints
-a line a check, in TAP, and what was measured as comments. Exit status: 0 all passed or were
-skipped, 1. Needs root, apt-get, qemu-system-x86_64, mke2fs and, without TREE, mmdebstrap; for the
-DVD ssh-keygen and genisoimage, and OpenSSH, sudo and kmod in TREE.
+PID 1 and what `make install` installs, and others with a DVD: there in time, or late, or all that
+there is, where IMDS has nothing. For the one in shell also a system of nothing but BusyBox, started
+as the README says. The kernel is Debian's for clouds. Prints a line a check, in TAP, and what was
+measured as comments. Exit status: 0 all passed or were skipped, 1. Needs root, apt-get,
+qemu-system-x86_64, mke2fs and, without TREE, mmdebstrap; for the DVD ssh-keygen and genisoimage,
+and OpenSSH, sudo and kmod in TREE.
 """
 
 import argparse

@@ -55,6 +55,7 @@ bench: ## measure what a run costs, in 3 minutes
 dist: ## make an archive of the last commit, and its checksum
 	@commit=$$(git rev-parse HEAD) && \
 	version=$$(git show "$$commit:azure-provisioning.sh" | sed -n 's/^VERSION=//p') && \
+	[ -n "$$version" ] && \
 	name=azure-provisioning-$$version && \
 	mkdir -p dist && \
 	git -c tar.umask=0022 archive --format=tar --prefix="$$name/" "$$commit" >"dist/$$name.tar" && \

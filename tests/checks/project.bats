@@ -206,9 +206,20 @@ END
 
 @test "the check of the links finds those that lead nowhere" {
     mkdir -p "$folder/pages/docs"
-    printf '%s\n' '# A page' '## A `b`, c' '```' '[no](link)' '```' '`[no](link)`' '[other](docs/other.md#a-b-c)' \
-        '[own](#a-b-c-1) and [a site](https://example.com/)' '## A b c' '[a
-folder](docs), [label][x], `docs/other.md`' '[x]: docs' >"$folder/pages/README.md"
+    cat >"$folder/pages/README.md" <<'END'
+# A page
+## A `b`, c
+```
+[no](link)
+```
+`[no](link)`, [other](docs/other.md#a-b-c)
+[own](#a-b-c-1) and [a site](https://example.com/)
+## A b c
+[a
+folder](docs), [label][x], `docs/other.md`
+
+[x]: docs
+END
     printf '%s\n' '# A b c' >"$folder/pages/docs/other.md"
     python3 tests/checks/links.py "$folder/pages"
     while read -r line; do

@@ -253,7 +253,7 @@ END
 @test "each page says in its first line whom it is for" {
     for page in docs/*.md tests/README.md CONTRIBUTING.md; do
         echo "$page"
-        sed -n 3p "$page" | grep -q '^This page is for people who '
+        sed -n 3p "$page" | grep -q '^This page is for people who'
     done
 }
 

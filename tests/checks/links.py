@@ -12,7 +12,7 @@ import re
 import sys
 
 PROJECT = pathlib.Path(__file__).resolve().parents[2]
-HIDDEN = re.compile(r'(^|/)(\.|dist/)')  # also what is built
+HIDDEN = re.compile(r'(^|/)\.|^(dist|out)/')  # also what is built
 
 FENCE = re.compile(r'^```.*?^```$', re.MULTILINE | re.DOTALL)
 CODE = re.compile(r'`[^`]+`')

@@ -334,8 +334,8 @@ read_only_etc.drop_in = no_bus_drop_in.drop_in
 
 
 def elsewhere(machine):
-    """With the drop-in of docs/unit.md, nothing is asked where the firmware is not Azure's, and the unit
-    stays enabled, for a boot on Azure.
+    """With the drop-in of docs/unit.md, nothing is asked where the firmware is not Azure's, and the
+    unit stays enabled, for a boot on Azure.
     """
     tag = machine.state / 'chassis_asset_tag'
     tag.write_text('No Asset Tag\n')

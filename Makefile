@@ -52,6 +52,21 @@ exhaustive: ## compare them on every sequence of tokens, in 10 minutes
 bench: ## measure what a run costs, in 3 minutes
 	@python3 tests/bench/bench.py
 
+dist: ## make an archive of the last commit, and its checksum
+	@commit=$$(git rev-parse HEAD) && \
+	version=$$(git show "$$commit:azure-provisioning.sh" | sed -n 's/^VERSION=//p') && \
+	[ -n "$$version" ] && \
+	name=azure-provisioning-$$version && \
+	mkdir -p dist && \
+	git -c tar.umask=0022 archive --format=tar --prefix="$$name/" "$$commit" >"dist/$$name.tar" && \
+	gzip -9 -n -f "dist/$$name.tar" && \
+	(cd dist && sha256sum "$$name.tar.gz" >SHA256SUMS) && \
+	echo "dist/$$name.tar.gz and dist/SHA256SUMS, of commit $$commit"
+	@[ -z "$$(git status --porcelain)" ] || \
+	    echo 'make dist: warning: changes that are not committed are not in it' >&2
+
+.PHONY: dist
+
 # They install their tools first; a copy of the list says that it is done.
 TOOLS = .venv/lint-tools.txt
 

@@ -19,12 +19,13 @@ from lib import (
     SILENT,
     Machine,
     expect,
-    from_readme,
+    from_page,
     is_provisioned,
     lease,
     main,
     probed,
 )
+from run import PROJECT
 from tap import Skipped, measured
 
 SLOW = """[Unit]
@@ -302,13 +303,13 @@ def no_bus(machine):
 
 
 def no_bus_drop_in(machine):
-    """Without D-Bus, the README's drop-in has the hostname set, and the unit disabled."""
+    """Without D-Bus, the drop-in of docs/unit.md has the hostname set, and the unit disabled."""
     machine.mask('dbus.socket', 'dbus.service')
     with Azure() as host:
         is_provisioned(machine.boot(), host.posts())
 
 
-no_bus_drop_in.drop_in = from_readme('CapabilityBoundingSet=')
+no_bus_drop_in.drop_in = from_page('docs/unit.md', 'CapabilityBoundingSet=')
 
 
 def read_only_etc(machine):
@@ -335,8 +336,8 @@ read_only_etc.drop_in = no_bus_drop_in.drop_in
 
 
 def elsewhere(machine):
-    """With the README's drop-in, nothing is asked where the firmware is not Azure's, and the unit
-    stays enabled, for a boot on Azure.
+    """With the drop-in of docs/unit.md, nothing is asked where the firmware is not Azure's, and the
+    unit stays enabled, for a boot on Azure.
     """
     tag = machine.state / 'chassis_asset_tag'
     tag.write_text('No Asset Tag\n')
@@ -349,18 +350,18 @@ def elsewhere(machine):
         is_provisioned(machine.boot(), host.posts())
 
 
-elsewhere.drop_in = from_readme('ExecCondition=')
+elsewhere.drop_in = from_page('docs/unit.md', 'ExecCondition=')
 
 
 def other_steps(machine):
-    """The README's drop-in for other steps has just these run."""
+    """The drop-in of docs/unit.md for other steps has just these run."""
     with Azure() as host:
         report = machine.boot()
         assert len(host.requests) == 2, host.requests
     expect(report, {'enabled': 'disabled', 'static-hostname': 'image'})
 
 
-other_steps.drop_in = from_readme('ready disable')
+other_steps.drop_in = from_page('docs/unit.md', 'ready disable')
 
 
 def moment(report, unit):
@@ -369,10 +370,11 @@ def moment(report, unit):
 
 
 def openrc(machine):
-    """With OpenRC and the README's service, Ready is reported, the hostname set, the service taken
+    """With OpenRC and the recipe's service, Ready is reported, the hostname set, the service taken
     from default.
     """
-    machine.write('etc/init.d/azure-provisioning', from_readme('openrc-run'), 0o755)
+    service = (PROJECT / 'recipes/openrc/azure-provisioning').read_text()
+    machine.write('etc/init.d/azure-provisioning', service, 0o755)
     for runlevel in 'sysinit', 'boot', 'default':
         (machine.upper / 'etc/runlevels' / runlevel).mkdir()
     (machine.upper / 'etc/runlevels/default/azure-provisioning').symlink_to(

@@ -259,11 +259,9 @@ def read_report(console):
     return report
 
 
-def from_readme(words):
-    """The example in the README that has these words."""
-    examples = re.findall(
-        '(?:^    .*\n|^\n(?=    ))+', (PROJECT / 'README.md').read_text(), re.MULTILINE
-    )
+def from_page(page, words):
+    """The example in a page of the project that has these words."""
+    examples = re.findall('(?:^    .*\n|^\n(?=    ))+', (PROJECT / page).read_text(), re.MULTILINE)
     (example,) = [each for each in examples if words in each]
     return textwrap.dedent(example).strip() + '\n'
 

@@ -5,7 +5,7 @@ Guests without a network card; Azure's host is inside each, on its lo, and tells
 is asked. For each of the two scripts a Debian, TREE or one made for it (tree), with its systemd as
 PID 1 and what `make install` installs, and others with a DVD: there in time, or late, or all that
 there is, where IMDS has nothing. For the one in shell also a system of nothing but BusyBox, started
-as the README says. The kernel is Debian's for clouds. Prints a line a check, in TAP, and what was
+as the recipe says. The kernel is Debian's for clouds. Prints a line a check, in TAP, and what was
 measured as comments. Exit status: 0 all passed or were skipped, 1. Needs root, apt-get,
 qemu-system-x86_64, mke2fs and, without TREE, mmdebstrap; for the DVD ssh-keygen and genisoimage,
 and OpenSSH, sudo and kmod in TREE.
@@ -42,7 +42,6 @@ from lib import (
     busybox_tree,
     debian_tree,
     expect,
-    from_readme,
     has_user,
     have,
     in_own_folder,
@@ -219,8 +218,8 @@ def burnt_dvd(*keys):
 
 
 def busybox(program, _):
-    """A system of BusyBox alone reports Ready, with its wget, and sets the hostname: the README's
-    script for init.d.
+    """A system of BusyBox alone reports Ready, with its wget, and sets the hostname: the
+    recipe's script for init.d.
     """
     report = boot_busybox(
         program, '::wait:/etc/init.d/S50azure-provisioning start\n'
@@ -230,10 +229,10 @@ def busybox(program, _):
 
 
 def busybox_user(program, _):
-    """So it does with the README's line for inittab; and it lets a user in, where that step is
+    """So it does with the recipe's line for inittab; and it lets a user in, where that step is
     named, too.
     """
-    line = from_readme('::once:')
+    line = (PROJECT / 'recipes/busybox/inittab').read_text()
     with_user = line.replace(' ready ', ' user ready ')
     assert with_user != line, line
     report = boot_busybox(program, with_user)
@@ -252,7 +251,7 @@ def busybox_user(program, _):
 
 
 def boot_busybox(program, line):
-    """Boot a system of BusyBox alone that has the README's script for init.d, and one more line in
+    """Boot a system of BusyBox alone that has the recipe's script for init.d, and one more line in
     its inittab.
     """
     root = pathlib.Path(tempfile.mkdtemp(dir=os.getcwd())) / 'root'
@@ -263,7 +262,7 @@ def boot_busybox(program, line):
     )
     script = root / 'etc/init.d/S50azure-provisioning'
     script.parent.mkdir()
-    script.write_text(from_readme('"$1" != start'))
+    shutil.copy(str(PROJECT / 'recipes/busybox/S50azure-provisioning'), str(script))
     script.chmod(0o755)
     with (root / 'etc/inittab').open('a') as inittab:
         inittab.write(line)

@@ -169,16 +169,92 @@ END
     [ "$(sed -n 's/^## \([0-9.]*\) - .*/\1/p' CHANGELOG.md | head -n 1)" = "$version" ]
 }
 
-@test "the README has a row for each reason that the scripts can give, and no other" {
+@test "docs/troubleshooting.md has a row for each reason that the scripts can give, and no other" {
     for language in py sh; do
         python3 tests/checks/reasons.py "azure-provisioning.$language" | sort >"$folder/$language"
     done
     [ "$(wc -l <"$folder/sh")" -gt 30 ]
-    # shellcheck disable=SC2016 # of the README
-    sed -n '/^## When it fails/,/^## /s/^| `\([^`]*\)`.*/\1/p' README.md | sort >"$folder/readme"
-    diff "$folder/sh" "$folder/readme"
+    # shellcheck disable=SC2016 # of the page
+    sed -n '/^## What the program says/,/^## /s/^| `\([^`]*\)`.*/\1/p' docs/troubleshooting.md | sort >"$folder/page"
+    diff "$folder/sh" "$folder/page"
     # Python needs no client, and says in words of its own what is wrong with it.
     diff "$folder/py" <(grep -vx -e '…: no curl or wget' -e 'unknown error' "$folder/sh")
+}
+
+@test "the check of the reasons finds a new one, in each way to give one" {
+    while read -r language change; do
+        sed "$change" "azure-provisioning.$language" >"$folder/spoiled.$language"
+        ! cmp -s "azure-provisioning.$language" "$folder/spoiled.$language"
+        run python3 tests/checks/reasons.py "$folder/spoiled.$language"
+        echo "$change: $output"
+        grep -qx 'a new reason' <<<"$output"
+    done <<'END'
+py s/'no valid hostname'/'a new reason'/
+py s/^NO_LOGIN = .*/NO_LOGIN = 'a new reason'/
+py s/'; is this a VM on Azure?'/'; a new reason'/
+py s/\['hostnamectl failed'\]/['a new reason']/
+sh s/'no valid hostname'/'a new reason'/
+sh s/^NO_LOGIN=.*/NO_LOGIN='a new reason'/
+sh s/'; is this a VM on Azure?'/'; a new reason'/
+sh s/'hostnamectl failed; '/'a new reason; '/
+END
+}
+
+@test "every link in the pages leads somewhere" {
+    python3 tests/checks/links.py
+}
+
+@test "the check of the links finds those that lead nowhere" {
+    mkdir -p "$folder/pages/docs"
+    cat >"$folder/pages/README.md" <<'END'
+# A page
+## A `b`, c
+```
+[no](link)
+```
+`[no](link)`, [other](docs/other.md#a-b-c)
+[own](#a-b-c-1) and [a site](https://example.com/)
+## A b c
+[a
+folder](docs), [label][x], `docs/other.md`
+
+[x]: docs
+END
+    printf '%s\n' '# A b c' >"$folder/pages/docs/other.md"
+    python3 tests/checks/links.py "$folder/pages"
+    while read -r line; do
+        cp -r "$folder/pages" "$folder/spoiled"
+        printf '%s\n' "$line" >>"$folder/spoiled/README.md"
+        run python3 tests/checks/links.py "$folder/spoiled"
+        echo "$line: $output"
+        [ "$status" -eq 1 ]
+        [ "${#lines[@]}" -eq 1 ]
+        rm -r "$folder/spoiled"
+    done <<'END'
+[a](b.md)
+[a](#no-heading)
+[a](docs/other.md#a-page)
+[a](docs#a)
+[a](../pages)
+[a](http://example.com/)
+[a][y]
+[y]: docs
+`docs/b.md`
+END
+}
+
+@test "the README has 250 lines at most, and its two commands in the first 40" {
+    [ "$(wc -l <README.md)" -le 250 ]
+    for words in 'make demo' 'Disabled azure-provisioning.service' 'make test' ' passed, 0 failed'; do
+        head -n 40 README.md | grep -q "$words"
+    done
+}
+
+@test "each page says in its first line whom it is for" {
+    for page in docs/*.md tests/README.md CONTRIBUTING.md; do
+        echo "$page"
+        sed -n 3p "$page" | grep -q '^This page is for people who'
+    done
 }
 
 @test "the README shows the journal of the demo" {
@@ -388,14 +464,18 @@ scores() { # skip where systemd-analyze is missing, or too old
     systemd-analyze security --help | grep -q -e --threshold || skip 'systemd-analyze cannot score a file'
 }
 
-@test "the score of the README's steps is the one that it tells" {
+@test "the scores are those that docs/unit.md tells" {
     scores
-    read -r score steps < <(
-        sed -n 's/^.systemd-analyze security. scores .\(.*\). \([0-9]\)\.\([0-9]\), of 10.*/\2\3 \1/p' README.md
-    )
-    security "$steps" --threshold="$score"
-    run security "$steps" --threshold="$((score - 1))"
-    [ "$status" -ne 0 ]
+    # shellcheck disable=SC2016 # of the page
+    sed -n 's/.*`systemd-analyze security` gives \(the unit\|`\(.*\)`\) \([0-9]\)\.\([0-9]\) of 10.*/\3\4 \2/p' \
+        docs/unit.md >"$folder/scores"
+    [ "$(wc -l <"$folder/scores")" -eq 2 ]
+    while read -r score steps; do
+        echo "$steps: $score"
+        security "$steps" --threshold="$score" >/dev/null
+        run security "$steps" --threshold="$((score - 1))"
+        [ "$status" -ne 0 ]
+    done <"$folder/scores"
 }
 
 @test "the drop-ins of several steps add up, and open nothing else" {
@@ -464,16 +544,58 @@ verify() { # [ARGUMENT]...: install with these arguments of make, and verify the
     [ "$status" -ne 0 ]
 }
 
-@test "the unit has what the README says of it" {
+@test "the unit has what the README and docs/unit.md say of it" {
     grep -q '^RuntimeMaxSec=40min$' azure-provisioning.service
     for name in ATTEMPTS INTERVAL; do
         value=$(sed -n "s/^Environment=.*AZURE_PROVISIONING_$name=\([0-9]*\).*/\1/p" azure-provisioning.service)
         grep -q "^| .AZURE_PROVISIONING_$name. | .[0-9]*. | .$value. |" README.md
-        grep -q "AZURE_PROVISIONING_$name=$value" <(sed -n '/openrc-run/,/}/p' README.md)
     done
     # shellcheck disable=SC2016 # of the script, not of this shell
     addresses=$(sed -n 's/^[A-Z]*=${AZURE_.*-http:\/\/\(.*\)}$/\1/p' azure-provisioning.sh)
-    [ "$(sed -n 's/^IPAddressAllow=//p' azure-provisioning.service)" = "$(xargs <<<"$addresses localhost")" ]
+    [ "$(sed -n 's/^IPAddressAllow=//p' azure-provisioning.service)" = "$(xargs <<<"$addresses") localhost" ]
+}
+
+@test "make dist: two clones of a commit give the same bytes, and all files are in them" {
+    git rev-parse HEAD >/dev/null 2>&1 || skip 'this is no git repository'
+    command -v sha256sum || skip 'no sha256sum'
+    mkdir "$folder/origin"
+    git ls-files -z | xargs -0 tar -c | tar -C "$folder/origin" -x
+    git -C "$folder/origin" init -q
+    git -C "$folder/origin" add -A
+    git -C "$folder/origin" -c user.name=a -c user.email=a@example.com commit -q -m 'All files'
+    git clone -q "$folder/origin" "$folder/one"
+    (umask 077 && git clone -q "$folder/origin" "$folder/two")
+    git -C "$folder/two" config tar.umask 0077
+    make -C "$folder/one" -s dist
+    (umask 027 && TZ=Asia/Tokyo LC_ALL=C make -C "$folder/two" -s dist)
+    diff -r "$folder/one/dist" "$folder/two/dist"
+    cd "$folder/one/dist"
+    sha256sum -c SHA256SUMS
+    name=$(basename azure-provisioning-*.tar.gz .tar.gz)
+    tar -xf "$name.tar.gz"
+    diff -r --exclude=.git --exclude=dist "$folder/one" "$name"
+    [ "$("$name/azure-provisioning.sh" --version)" = "${name%-*} ${name##*-}" ]
+    make -s -C "$name" install IMPL=sh DESTDIR="$folder/tree"
+}
+
+@test "make dist warns of what is not committed, and fails outside of a repository" {
+    command -v git || skip 'no git'
+    mkdir "$folder/project"
+    cp Makefile azure-provisioning.sh "$folder/project/"
+    GIT_CEILING_DIRECTORIES=$folder run make -s -C "$folder/project" dist
+    [ "$status" -ne 0 ]
+    [ ! -e "$folder/project/dist" ]
+    git -C "$folder/project" init -q
+    echo /dist/ >"$folder/project/.gitignore"
+    git -C "$folder/project" add -A
+    git -C "$folder/project" -c user.name=a -c user.email=a@example.com commit -q -m 'Two files'
+    run --separate-stderr make -s -C "$folder/project" dist
+    [ "$status" -eq 0 ]
+    [ -z "$stderr" ]
+    echo >>"$folder/project/Makefile"
+    run --separate-stderr make -s -C "$folder/project" dist
+    [ "$status" -eq 0 ]
+    [[ $stderr == *warning* ]]
 }
 
 # The runner with cases of our own: copies of the kit, to be spoiled.

@@ -15,6 +15,7 @@ import os
 import pathlib
 import struct
 import sys
+import zlib
 
 import kit_path  # noqa: F401  before the modules of the kit
 import lib
@@ -27,7 +28,6 @@ SIZE = 16 << 20
 LABEL = 'Temporary Storage'
 MODEL = 'Microsoft NVMe Direct Disk'
 WARNING = 'DATALOSS_WARNING_README.txt'
-LVM = struct.pack('<8sQII8s', b'LABELONE', 1, 0, 32, b'LVM2 001')  # the beginning of its label
 FORMATTED = 'ext4 azure-temporary rw,nosuid,nodev,relatime'
 
 # how: 'scsi' or 'nvme'; model: VENDOR/PRODUCT, or the model; content: of the disk; before: shell to
@@ -155,7 +155,7 @@ OTHERS = """
 fresh=$disk
 echo 'tmpfs /mnt tmpfs noauto' >/etc/fstab
 try fstab
-echo 'LABEL=Temporary\\040Storage /data ntfs nofail' >/etc/fstab
+printf '%s\\n' 'LABEL=Temporary\\040Storage /data ntfs nofail' >/etc/fstab
 try labelled
 : >/etc/fstab
 mkdir /run/full
@@ -230,6 +230,14 @@ def partitioned(*contents):
     return head.ljust(1 << 20, b'\0') + disk
 
 
+def lvm():
+    """A physical volume of LVM: a label in the second sector, with the checksum that LVM wants."""
+    rest = (struct.pack('<I8s', 32, b'LVM2 001') + b'a' * 32).ljust(492, b'\0')
+    checksum = zlib.crc32(rest, 0xF597A6CF ^ 0xFFFFFFFF) ^ 0xFFFFFFFF
+    label = struct.pack('<8sQI', b'LABELONE', 1, checksum) + rest
+    return (b'\0' * 512 + label).ljust(SIZE, b'\0')
+
+
 def damaged(ntfs):
     """An NTFS with its label, whose root folder cannot be read."""
     cluster = ntfs[13] * 512
@@ -269,7 +277,8 @@ def decoys(make):
         'NVMe with a partition': nvme(partitioned(b'\0' * (15 << 20))),
         'NVMe with an empty partition table': nvme(partitioned().ljust(SIZE, b'\0')),
         'NVMe with an NTFS': nvme(make.ntfs()),
-        'NVMe with LVM': nvme((b'\0' * 512 + LVM).ljust(SIZE, b'\0')),
+        'NVMe with LVM': nvme(lvm()),
+        'NVMe with LUKS': nvme(b'LUKS\xba\xbe\0\2'.ljust(SIZE, b'\0')),
         'NVMe that is swap': nvme(make.run('mkswap file'), 'swapon /dev/{}'),
         'NVMe in fstab': nvme(empty, add_nvme),
     }
@@ -402,7 +411,7 @@ def only_decoys(fleet):
         ('is in use, or in /etc/fstab', 6),
         ('has files', 2),
         ('cannot be looked into', 1),
-        ('is not fresh', 8),
+        ('is not fresh', 9),
     ):
         lines = [line for line in report['decoys'] if reason in line]
         assert len(lines) == count, (reason, lines, report)

@@ -1036,7 +1036,8 @@ create_user() {
         find_account "$name" || return
     fi
     [ -n "$account" ] || fail 'neither useradd nor adduser made the user' || return
-    if is_system_account; then
+    read_file /etc/login.defs || return
+    if is_system_account "$text"; then
         fail "$name is a system account" || return
     fi
     case $shell in
@@ -1252,12 +1253,11 @@ add_account() {
         return 0
 }
 
-# is_system_account: whether the $account is not for people: its number is below UID_MIN of
-# /etc/login.defs
+# is_system_account LOGIN_DEFS: whether the $account is not for people: its number is below UID_MIN
+# of /etc/login.defs, whose text is given
 is_system_account() {
     local each least=1000 IFS="$NEWLINE"
-    read_file /etc/login.defs || return 0
-    for each in $text; do
+    for each in $1; do
         squeeze "$each"
         case $value in
         'UID_MIN '*)

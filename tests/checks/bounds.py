@@ -23,10 +23,11 @@ from run import OURS, command_line
 from tap import Skipped, measured, tell
 
 CORES = len(os.sched_getaffinity(0))
-REFUSED_FIRST, REFUSED_LAST = 400, 2400
+# Attempts that a run says: powers of two.
+REFUSED_FIRST, REFUSED_LAST = 256, 2048
 # So many more that the run goes on while it is looked at: a pipe holds 1,100 lines of it.
-REFUSED_ATTEMPTS = REFUSED_LAST + 1200
-SILENT_RUNS, SILENT_ATTEMPTS, SILENT_FIRST = 4, 15, 3
+REFUSED_ATTEMPTS = 2400
+SILENT_RUNS, SILENT_ATTEMPTS, SILENT_FIRST, SILENT_LAST = 4, 15, 2, 8
 MOST_SECONDS = 2  # of CPU, for one document
 LIMIT = 600  # seconds, for one run on a machine that is busy
 SIZE = 65536  # bytes of a document
@@ -136,7 +137,7 @@ def silent_attempts(program):
             program, host, SILENT_ATTEMPTS, 1, stderr=subprocess.PIPE, universal_newlines=True
         )
         with limited(process), process.stderr:
-            return growth(process, SILENT_FIRST, SILENT_ATTEMPTS - 1)
+            return growth(process, SILENT_FIRST, SILENT_LAST)
 
     pool = concurrent.futures.ThreadPoolExecutor(SILENT_RUNS)
     with Host({'goalstate': [Answer('fault', 'silent')]}) as host, pool:

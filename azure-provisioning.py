@@ -43,7 +43,7 @@ steps:
   user      create the admin user, with its SSH keys and with sudo or doas
   password  set the password of that user, and have sshd take passwords or not
   data      save user data and custom data in /var/lib/azure-provisioning
-  publish   renew the DHCP lease, so that the DNS of Azure learns the hostname
+  publish   tell the DHCP server the hostname, so that the DNS of Azure learns it
   remember  save the id of this VM; later runs that name this step do nothing
 
 options:
@@ -61,7 +61,7 @@ settings, from the environment:
                                  (default: 5)
   AZURE_PROVISIONING_TIMEOUT     time limit of a request, in seconds
                                  (default: 30)
-  AZURE_PROVISIONING_GROUPS      more groups for the user, with commas between
+  AZURE_PROVISIONING_GROUPS      more groups for the user, separated by commas
                                  (default: none)
 
 Progress goes to stdout, failures go to stderr.
@@ -79,8 +79,8 @@ settings = types.SimpleNamespace(
 
 # What changes during a run.
 progress = types.SimpleNamespace(
-    has_reply=False,  # whether a server has answered, with whatever
-    quick_looks=1200,  # at the routes, ten times a second; later, one a second is enough
+    has_reply=False,  # whether any server has answered so far
+    quick_looks=1200,  # at the routes, ten in a second, until one in a second is enough
 )
 
 CONNECT_LIMIT = 3  # seconds of the timeout, at most, to connect
@@ -220,7 +220,7 @@ def read_number(name, default, least):
 
 
 def read_groups(name, default):
-    """Return names of groups with commas between; a usage error if they are none. '' is no name."""
+    """Return names of groups, separated by commas, or ''; a usage error if they are not valid."""
     groups = os.environ.get(name, default)
     if not re.fullmatch(f'({ACCOUNT_NAME}(,{ACCOUNT_NAME})*)?', groups):
         usage_error(f'bad {name}')
@@ -615,7 +615,7 @@ def find_text(root, path):
 
 
 def text_of(element):
-    """Return the text of an element; INVALID if it has elements in it."""
+    """Return the text of an element, INVALID if there are elements in it."""
     if len(element) > 0:
         return INVALID
     return element.text or ''
@@ -768,7 +768,7 @@ def sync_all():
 
 # ================================================================================================
 # The default run ends here. What follows runs only if another step is named; and the section about
-# the DVD, if there is one, and IMDS does not have the hostname.
+# the DVD, if there is a drive and IMDS does not have the hostname.
 # ================================================================================================
 
 
@@ -1345,7 +1345,7 @@ def store_password(name, password):
     line = f'{name}:{password}'
     stored = run('chpasswd', input_line=line)
     fields = find_fields('/etc/shadow', name) or find_fields('/etc/passwd', name)
-    # BusyBox may make a hash of 13 characters, for which eight of the password count.
+    # BusyBox may make a hash of 13 characters, which uses only eight characters of the password.
     if stored and fields and len(fields[1]) == 13 and '$' not in fields[1]:
         stored = run('chpasswd', '-c', 'SHA512', input_line=line)
     if not stored:
@@ -1361,7 +1361,7 @@ def configure_sshd(name, yes_or_no):
     config = SSHD_CONFIG if os.path.isfile(SSHD_CONFIG) else SSHD_DEFAULT
     if not os.path.isfile(config):
         if yes_or_no == 'no' and has_command('dropbear'):
-            complain('password: dropbear takes passwords all the same')
+            complain('password: dropbear still accepts passwords')
         return
     ours = [f'{keyword} {yes_or_no}' for keyword in SSHD_KEYWORDS]
     lines = read_file(config).split('\n')
@@ -1392,7 +1392,7 @@ def includes_drop_ins(lines):
 
 
 def check_sshd(name, yes_or_no):
-    """Raise Failed if sshd says that it does not do for the user what its configuration is for.
+    """Raise Failed if sshd says that it does something else for the user.
 
     Other lines may count more than ours: those of a Match, or in a file that is read before.
     """
@@ -1402,9 +1402,9 @@ def check_sshd(name, yes_or_no):
     if lines == ['']:
         complain('password: sshd does not tell what it does')  # without host keys, an old one
     elif yes_or_no == 'yes' and 'passwordauthentication no' in lines:
-        raise Failed(f'sshd takes no password from {name} all the same')
+        raise Failed(f'sshd still refuses passwords from {name}')
     elif yes_or_no == 'no' and any(f'{each.lower()} yes' in lines for each in SSHD_KEYWORDS):
-        raise Failed(f'sshd takes passwords from {name} all the same')
+        raise Failed(f'sshd still accepts passwords from {name}')
 
 
 def reload_sshd():
@@ -1487,7 +1487,7 @@ def publish_hostname():
 
 def find_interface():
     """Return the interface of the first default route, '' if there is none."""
-    for line in read_file('/proc/self/net/route').split('\n'):
+    for line in read_routes().split('\n'):
         # Interface, destination, gateway, flags, references, use, metric, mask and more
         fields = line.split()
         if len(fields) >= 8:
@@ -1522,7 +1522,7 @@ def dhcpcd_lease(interface):
 
 def networkd_lease(interface):
     """Return the path of systemd-networkd's lease, which is removed when systemd-networkd ends."""
-    index = ask('cat', f'/sys/class/net/{interface}/ifindex')
+    index = read_file(f'/sys/class/net/{interface}/ifindex')
     return f'/run/systemd/netif/leases/{index}'
 
 
@@ -1565,7 +1565,7 @@ def renew(lease, *command):
 
 
 def identify(path):
-    """Return a text that is another one once the file has been written anew, '' without a file."""
+    """Return a text that changes when the file is written again, '' if there is no file."""
     try:
         status = os.stat(path)
     except OSError:

@@ -38,7 +38,7 @@ steps:
   user      create the admin user, with its SSH keys and with sudo or doas
   password  set the password of that user, and have sshd take passwords or not
   data      save user data and custom data in /var/lib/azure-provisioning
-  publish   renew the DHCP lease, so that the DNS of Azure learns the hostname
+  publish   tell the DHCP server the hostname, so that the DNS of Azure learns it
   remember  save the id of this VM; later runs that name this step do nothing
 
 options:
@@ -56,7 +56,7 @@ settings, from the environment:
                                  (default: 5)
   AZURE_PROVISIONING_TIMEOUT     time limit of a request, in seconds
                                  (default: 30)
-  AZURE_PROVISIONING_GROUPS      more groups for the user, with commas between
+  AZURE_PROVISIONING_GROUPS      more groups for the user, separated by commas
                                  (default: none)
 
 Progress goes to stdout, failures go to stderr.
@@ -71,8 +71,8 @@ EXTRA_GROUPS=${AZURE_PROVISIONING_GROUPS-}
 DRY_RUN=
 
 # What changes during a run.
-has_reply=''     # whether a server has answered, with whatever
-quick_looks=1200 # at the routes, ten times a second; later, one a second is enough
+has_reply=''     # whether any server has answered so far
+quick_looks=1200 # at the routes, ten in a second, until one in a second is enough
 
 CONNECT_LIMIT=3   # seconds of the timeout, at most, to connect
 BODY_LIMIT=65536  # bytes of a reply's body
@@ -209,8 +209,8 @@ check_number() {
     fi
 }
 
-# check_groups NAME GROUPS: a usage error if they are no names of groups with commas between. '' is
-# no name.
+# check_groups NAME GROUPS: a usage error if they are not valid names of groups, separated by
+# commas, or ''
 check_groups() {
     local group IFS=','
     case $2 in
@@ -942,7 +942,7 @@ sync_all() {
 
 # ================================================================================================
 # The default run ends here. What follows runs only if another step is named; and the section about
-# the DVD, if there is one, and IMDS does not have the hostname.
+# the DVD, if there is a drive and IMDS does not have the hostname.
 # ================================================================================================
 
 # ---- NotReady: a step before ready failed ------------------------------------------------------
@@ -1652,9 +1652,14 @@ set_password() {
         is_given=yes
     fi
     squeeze "$disable_passwords"
-    case $value$is_given in
-    [Tt][Rr][Uu][Ee] | [Tt][Rr][Uu][Ee]yes) configure_sshd "$name" no ;;
-    [Ff][Aa][Ll][Ss][Ee] | *yes) configure_sshd "$name" yes ;;
+    case $value in
+    [Tt][Rr][Uu][Ee]) configure_sshd "$name" no ;;
+    [Ff][Aa][Ll][Ss][Ee]) configure_sshd "$name" yes ;;
+    *)
+        if [ -n "$is_given" ]; then
+            configure_sshd "$name" yes
+        fi
+        ;;
     esac
 }
 
@@ -1700,7 +1705,7 @@ store_password() {
     fi
     value=${line#*:}
     value=${value%%:*}
-    # BusyBox may make a hash of 13 characters, for which eight of the password count.
+    # BusyBox may make a hash of 13 characters, which uses only eight characters of the password.
     case $value in
     *'$'*) ;;
     ?????????????) print_line "$1:$2" | run chpasswd -c SHA512 || fail 'chpasswd failed' ;;
@@ -1719,7 +1724,7 @@ configure_sshd() {
     fi
     if [ ! -f "$config" ]; then
         if [ "$2" = no ] && has_command dropbear; then
-            complain 'password: dropbear takes passwords all the same'
+            complain 'password: dropbear still accepts passwords'
         fi
         return
     fi
@@ -1771,8 +1776,7 @@ drop_first_lines() {
     done
 }
 
-# check_sshd NAME yes|no: fails if sshd says that it does not do for the user what its configuration
-# is for.
+# check_sshd NAME yes|no: fails if sshd says that it does something else for the user.
 #
 # Other lines may count more than ours: those of a Match, or in a file that is read before.
 check_sshd() {
@@ -1786,12 +1790,12 @@ check_sshd() {
     fi
     case $2$NEWLINE$value$NEWLINE in
     yes*"${NEWLINE}passwordauthentication no$NEWLINE"*)
-        fail "sshd takes no password from $1 all the same"
+        fail "sshd still refuses passwords from $1"
         ;;
     no*"${NEWLINE}passwordauthentication yes$NEWLINE"* | \
         no*"${NEWLINE}challengeresponseauthentication yes$NEWLINE"* | \
         no*"${NEWLINE}kbdinteractiveauthentication yes$NEWLINE"*)
-        fail "sshd takes passwords from $1 all the same"
+        fail "sshd still accepts passwords from $1"
         ;;
     esac
 }
@@ -1986,8 +1990,8 @@ renew() {
     return 1
 }
 
-# identify FILE: sets $value to a text that is another one once the file has been written anew, ''
-# without a file
+# identify FILE: sets $value to a text that changes when the file is written again, '' if there is
+# no file
 identify() {
     ask ls -l -i --full-time "$1"
 }

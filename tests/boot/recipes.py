@@ -379,44 +379,6 @@ def openrc_image():
     return image
 
 
-def busybox_init():
-    """A system of BusyBox alone reports Ready, with its wget, and sets the hostname: by init.d."""
-    boot_busybox('::wait:/etc/init.d/S50azure-provisioning start\n')  # as Buildroot's rcS does
-
-
-def busybox_inittab():
-    """A system of BusyBox alone does so by inittab."""
-    boot_busybox(recipe('busybox/inittab'))
-
-
-def boot_busybox(line):
-    """Boot a system of BusyBox alone with the script for init.d, and a line more in its inittab."""
-    root = pathlib.Path(tempfile.mkdtemp(dir=os.getcwd())) / 'root'
-    shutil.copytree(str(lib.busybox_tree()), str(root), symlinks=True)
-    program = root / 'usr/sbin/azure-provisioning'
-    shutil.copy(str(PROJECT / 'azure-provisioning.sh'), str(program))
-    script = root / 'etc/init.d/S50azure-provisioning'
-    script.parent.mkdir()
-    script.write_text(recipe('busybox/S50azure-provisioning'))
-    script.chmod(0o755)
-    with (root / 'etc/inittab').open('a') as inittab:
-        inittab.write(line)
-    names = '\n'.join(sorted(str(path.relative_to(root)) for path in root.rglob('*')))
-    with (root.parent / 'initrd').open('wb') as initrd:
-        subprocess.run(
-            [str(root / 'bin/busybox'), 'cpio', '-o', '-H', 'newc'],
-            input=names.encode(),
-            stdout=initrd,
-            check=True,
-            stderr=subprocess.DEVNULL,
-            cwd=str(root),
-        )
-    report = lib.boot_guest('rdinit=/sbin/init', '-initrd', str(root.parent / 'initrd'))
-    expect(report, {'kernel-hostname': 'web-1', 'static-hostname': 'web-1'})
-    lib.was_asked(report)
-    assert report['journal'] == GOOD_RUN[:-1] + ['Remembered: ' + lib.VM_ID], report
-
-
 def dracut():
     """dracut: its initramfs reports Ready, before a root that never comes."""
     image = Image('tree')
@@ -647,8 +609,6 @@ CHECKS = {  # and the tree of each
     debian_refuses: 'tree',
     alpine: 'openrc',
     openrc_service: 'openrc',
-    busybox_init: '',
-    busybox_inittab: '',
     dracut: 'tree',
     nixos: 'tree',
     mkosi: 'mkosi',
@@ -659,7 +619,7 @@ CHECKS = {  # and the tree of each
 }
 
 
-GUESTS = {busybox_init, busybox_inittab, dracut, nixos, custom_data}  # those in QEMU
+GUESTS = {dracut, nixos, custom_data}  # those in QEMU
 
 
 def fetch(trees, needed):

@@ -163,9 +163,12 @@ class Run:
         return {'stdout': output, 'stderr': output}
 
     def disturb(self, process):
-        """Send the program a signal once it has sent a request."""
-        if self.host.requested.wait(LIMIT):
-            process.send_signal(getattr(signal, 'SIG' + self.case.signal))
+        """Send the program a signal once it has sent a request, unless it ends before."""
+        end = time.monotonic() + LIMIT
+        while process.poll() is None and time.monotonic() < end:
+            if self.host.requested.wait(0.1):
+                process.send_signal(getattr(signal, 'SIG' + self.case.signal))
+                return
 
     def look(self):
         """See what became of the files, and whether something happened that must not."""

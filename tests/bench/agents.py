@@ -25,7 +25,7 @@ import time
 import boot_path  # noqa: F401  before the modules of the kit and of the boots
 import picture
 from host import network
-from lib import why_not
+from lib import UNSHARE, why_not
 from azure_vm import HERE, KEY, OURS, STUBBED, UNITS, VM
 
 BOOTS = 5
@@ -100,14 +100,11 @@ def packages(tree):
 def inside(options):
     """Boot one VM, in namespaces of our own, and print what it cost, as JSON."""
     agent, steps = SUBJECTS[options.subject]
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(['mount', '-t', 'tmpfs', 'tmpfs', folder], check=True)
-        network('add')
-        tree = str(tree_of(options.trees, options.inside, agent))
-        vm = VM(agent, steps, tree, folder, options.away)
-        report = vm.measured_boot()
-        print(json.dumps(figures(vm, report)))
-        subprocess.run(['umount', '--lazy', folder], check=True)
+    subprocess.run(['mount', '-t', 'tmpfs', 'tmpfs', options.folder], check=True)
+    network('add')
+    tree = str(tree_of(options.trees, options.inside, agent))
+    vm = VM(agent, steps, tree, options.folder, options.away)
+    print(json.dumps(figures(vm, vm.measured_boot())))
 
 
 def figures(vm, report):
@@ -159,12 +156,12 @@ def boot(subject, release, options, away=0, delay=0):
     watch.stdout.readline()
     command = [sys.executable, __file__, '--inside', release, '--subject', subject]
     command += ['--away', str(away), '--trees', str(options.trees)]
-    done = subprocess.run(
-        ['timeout', '-s', 'KILL', str(PATIENCE)]
-        + ['unshare', '--net', '--mount', '--propagation', 'private', *command],
-        stdout=subprocess.PIPE,
-        universal_newlines=True,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            ['timeout', '-s', 'KILL', str(PATIENCE), *UNSHARE, *command, '--folder', folder],
+            stdout=subprocess.PIPE,
+            universal_newlines=True,
+        )
     watch.terminate()
     watched = json.loads(watch.communicate()[0])
     said = '%s, %s%s: ' % (RELEASES[release], subject, ', WireServer away' if away else '')
@@ -272,7 +269,7 @@ def table(title, *rows):
 
 
 def installed(trees, release):
-    """By agent, its own KiB and that of the packages it pulls in that no other agent's tree needs."""
+    """By agent, its own KiB, and those of the packages that come with it."""
     base = packages(tree_of(trees, release, 'none'))
     sizes = {'none': '–'}
     for agent in UNITS:
@@ -368,6 +365,7 @@ def main():
     parser.add_argument('--inside', help=argparse.SUPPRESS)
     parser.add_argument('--subject', help=argparse.SUPPRESS)
     parser.add_argument('--away', type=int, help=argparse.SUPPRESS)
+    parser.add_argument('--folder', help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
         inside(options)

@@ -35,8 +35,8 @@ UNITS = {  # those of each agent, on any release
 }
 NOISE = ['apt-daily', 'apt-daily-upgrade', 'dpkg-db-backup', 'e2scrub_all', 'fstrim']  # timers
 STUBBED = """\
-- systemd runs as PID 1 in namespaces, on this machine's kernel. Azure's host is a fake one. The DHCP
-  lease has the routes and the options that Azure's has.
+- systemd runs as PID 1 in namespaces, on this machine's kernel. Azure's host is a fake one. The
+  DHCP lease has the routes and the options that Azure's has.
 - For all: DMI says that this is a VM of Azure; timers and consoles are masked; the machine-id is
   there; ifupdown with the release's DHCP client brings the network up.
 - For cloud-init and waagent alone: `systemd-detect-virt` says microsoft, as they refuse containers;
@@ -53,7 +53,7 @@ DMI = {
 }
 CARD = '00:0d:3a:00:00:04'
 HOST_PLUGIN = 32526  # a port that waagent asks
-SETTLED = 5  # seconds after Ready, and after the last unit was started, that still count as boot
+SETTLED = 10  # seconds after Ready, and after the last unit was started, that still count as boot
 INSTANCE = json.loads((HERE / 'azure/instance.json').read_text())
 KEY = INSTANCE['compute']['publicKeys'][0]['keyData']
 

@@ -1,4 +1,4 @@
-"""Draws what the agents cost side by side, as SVG. Its colours can be read on white and on black."""
+"""Draws what the agents cost side by side, as SVG, in colours for white and for black pages."""
 
 from xml.sax.saxutils import escape
 

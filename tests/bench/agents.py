@@ -11,8 +11,8 @@ run.
 import argparse
 import collections
 import concurrent.futures
-import datetime
 import json
+import os
 import pathlib
 import platform
 import re
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import date
 
 import boot_path  # noqa: F401  before the modules of the kit and of the boots
 import picture
@@ -53,8 +54,14 @@ SUBJECTS = {
     'cloud-init': ('cloud-init', ''),
     'waagent': ('waagent', ''),
 }
-WAITING = ['.py', '.sh', 'cloud-init', 'waagent']  # those that boot without a WireServer
-DEFAULT = ['.py', '.sh', 'cloud-init', 'waagent']
+OUR_SUBJECTS, PEERS = ['.py', '.sh'], ['cloud-init', 'waagent']
+COMPARED = OUR_SUBJECTS + PEERS  # in the picture, and without a WireServer
+TARGETS = [  # a figure, what it is, whose it is compared with, and how many times that has to be
+    ('extra_cpu', 'extra CPU of the boot', 'cloud-init', 15),
+    ('extra_cpu', 'extra CPU of the boot', 'waagent', 7),
+    ('cpu_to_ready', 'CPU until Ready', 'cloud-init', 6),
+    ('memory', 'largest process', 'cloud-init', 3),
+]
 ROWS = [  # what a table shows of a boot, its key, and a format
     ('start of systemd → Ready, s', 'ready', '%.2f'),
     ('start of its first unit → Ready, s', 'from_unit', '%.2f'),
@@ -118,8 +125,8 @@ def figures(vm, report):
         'place': vm.place,
         'boot_cpu': vm.figures['boot_cpu'],
         'finished': moment('FinishTimestampMonotonic') - began,
-        'failed': report['failed'],
     }
+    assert not report['failed'], report
     if vm.agent == 'none':
         return found
     assert report['hostname'] == ['web-1'], report
@@ -171,13 +178,19 @@ def boot(subject, release, options, away=0, delay=0):
         return None
     found = json.loads(done.stdout.splitlines()[-1])
     add_processes(found, UNITS[SUBJECTS[subject][0]], watched['processes'])
-    print(said + str(found), file=sys.stderr, flush=True)
+    said += 'Ready after %.2f s, CPU of the boot %.0f ms' % (
+        found.get('ready', 0),
+        found['boot_cpu'],
+    )
+    print(said, file=sys.stderr, flush=True)
     return dict(found, subject=subject, release=release, away=away)
 
 
 def add_processes(found, units, processes):
-    """Add what the processes of the units were."""
-    place = re.compile('%s/system.slice/(%s)(/|$)' % (found['place'], '|'.join(units) or '-'))
+    """Add what the processes of the units were, if there are any units."""
+    if not units:
+        return
+    place = re.compile('%s/system.slice/(%s)(/|$)' % (found['place'], '|'.join(units)))
     own = [process for process in processes if place.match(process['place'])]
     memory = [process.get('memory', 0) for process in own]
     found.update(
@@ -189,23 +202,31 @@ def add_processes(found, units, processes):
 
 
 def all_boots(options):
-    """Boot everything, in turn; return the boots, and how many failed."""
+    """Boot everything, in turn; return the boots, None for each that failed."""
     boots = []
+    if options.results:
+        options.results.write_text('')
+
+    def keep(found):
+        boots.append(found)
+        if options.results:
+            with options.results.open('a') as file:
+                file.write(json.dumps(found) + '\n')
+
     for _ in range(options.boots):
         for release in RELEASES:
             for subject in SUBJECTS:
-                boots.append(boot(subject, release, options))
-    waiting = range(options.boots if not options.no_away else 0)
-    with concurrent.futures.ThreadPoolExecutor(len(WAITING)) as pool:
-        for _ in waiting:
+                keep(boot(subject, release, options))
+    with concurrent.futures.ThreadPoolExecutor(len(COMPARED)) as pool:
+        for _ in range(options.away_boots):
             for release in RELEASES:
                 started = [
                     pool.submit(boot, subject, release, options, AWAY, APART * number)
-                    for number, subject in enumerate(WAITING)
+                    for number, subject in enumerate(COMPARED)
                 ]
-                boots += [each.result() for each in started]
-    good = [each for each in boots if each]
-    return good, len(boots) - len(good)
+                for each in started:
+                    keep(each.result())
+    return boots
 
 
 class Results:
@@ -284,32 +305,24 @@ def installed(trees, release):
     return sizes
 
 
-def targets(results, release, boots):
-    """The targets, with what was got."""
+def targets(results, release):
+    """What was to be reached, and what was got: a row each."""
     rows = []
 
-    def target(text, value, most, form='%.2f'):
-        met = 'yes' if value <= most else '**no**'
-        rows.append((RELEASES[release], text, form % value, form % most, met))
+    def add(text, got, wanted, met):
+        rows.append((RELEASES[release], text, got, wanted, 'yes' if met else '**no**'))
 
-    for ours in '.py', '.sh':
-        for key, what, peer, part in (
-            ('extra_cpu', 'extra CPU of the boot', 'cloud-init', 15),
-            ('extra_cpu', 'extra CPU of the boot', 'waagent', 7),
-            ('cpu_to_ready', 'CPU until Ready', 'cloud-init', 6),
-            ('memory', 'largest process', 'cloud-init', 3),
-        ):
-            value = results.median(peer, key) / results.median(ours, key)
-            text = '%s: %s, of which %s has a multiple of' % (ours, what, peer)
-            met = 'yes' if value >= part else '**no**'
-            rows.append((RELEASES[release], text, '%.1f' % value, 'at least %d' % part, met))
-        earliest = min(min(results.values(peer, 'ready')) for peer in ('cloud-init', 'waagent'))
-        target(
-            ours + ': latest Ready, against the earliest of the others, s',
-            max(results.values(ours, 'ready')),
-            earliest,
-        )
-        target(ours + ': network → Ready, s', results.median(ours, 'from_network'), 0.3)
+    for ours in OUR_SUBJECTS:
+        for key, what, peer, least in TARGETS:
+            times = results.median(peer, key) / results.median(ours, key)
+            text = '%s: %s, by which %s is higher' % (ours, what, peer)
+            add(text, '%.1f times' % times, 'at least %d' % least, times >= least)
+        latest = max(results.values(ours, 'ready'))
+        earliest = min(min(results.values(peer, 'ready')) for peer in PEERS)
+        text = '%s: latest Ready, and the earliest of the others, s' % ours
+        add(text, '%.2f' % latest, 'before %.2f' % earliest, latest < earliest)
+        after = results.median(ours, 'from_network')
+        add(ours + ': network → Ready, s', '%.2f' % after, 'at most 0.3', after <= 0.3)
     return rows
 
 
@@ -324,32 +337,29 @@ def versions(trees):
         print('- %s: %s' % (RELEASES[release], ', '.join(said)))
 
 
-def show(boots, failed, options):
+def show(boots, options):
     """Print everything, and draw the picture."""
-    cores = subprocess.check_output(['nproc'], universal_newlines=True).strip()
+    good = [each for each in boots if each]
     print(
-        'Measured on %s, Linux %s, %s cores. Medians of %d boots, and their ranges.\n'
-        % (datetime.date.today(), platform.release(), cores, options.boots)
+        'Measured on %s, Linux %s, %d cores.' % (date.today(), platform.release(), os.cpu_count())
     )
+    print('Medians of %d boots each, %d without a WireServer, and ranges.\n' % options.numbers)
     versions(options.trees)
-    print('\nWhat the boots are, and what was stubbed:\n\n' + STUBBED)
-    rows = []
-    shown = {}
+    print('\nHow the systems were booted:\n\n' + STUBBED, end='')
+    rows, shown = [], {}
     for away in False, True:
         for release in RELEASES:
-            results = Results(boots, release, away)
-            if not results.boots:
-                continue
+            results = Results(good, release, away)
             title = RELEASES[release] + (', WireServer away for %d s' % AWAY if away else '')
             results.table(title, installed(options.trees, release))
-            if not away:
+            if not away and all(results.boots[subject] for subject in SUBJECTS):
                 shown[RELEASES[release]] = results
-                rows += targets(results, release, boots)
+                rows += targets(results, release)
     table('Targets', ['', 'target', 'got', 'wanted', 'met?'], *rows)
-    if failed:
-        print('\n%d boots failed, and are not in the tables.' % failed)
-    if options.svg:
-        options.svg.write_text(picture.draw(shown, DEFAULT))
+    if len(good) < len(boots):
+        print('\n%d boots failed, and are not in the tables.' % (len(boots) - len(good)))
+    if options.svg and shown:
+        options.svg.write_text(picture.draw(shown, COMPARED))
 
 
 def main():
@@ -357,37 +367,35 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--boots', type=int, default=BOOTS, metavar='N', help='of each')
+    parser.add_argument('--away-boots', type=int, default=BOOTS, metavar='N', help='of those')
     parser.add_argument('--trees', type=pathlib.Path, help='a folder where the trees are kept')
     parser.add_argument('--svg', type=pathlib.Path, metavar='FILE', help='the picture')
-    parser.add_argument('--results', type=pathlib.Path, metavar='FILE', help='all figures, as JSON')
+    parser.add_argument('--results', type=pathlib.Path, metavar='FILE', help='a JSON line a boot')
     parser.add_argument('--again', action='store_true', help='show those of FILE; boot nothing')
-    parser.add_argument('--no-away', action='store_true', help='not without a WireServer')
-    parser.add_argument('--inside', help=argparse.SUPPRESS)
-    parser.add_argument('--subject', help=argparse.SUPPRESS)
+    for own in '--inside', '--subject', '--folder':
+        parser.add_argument(own, help=argparse.SUPPRESS)
     parser.add_argument('--away', type=int, help=argparse.SUPPRESS)
-    parser.add_argument('--folder', help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
         inside(options)
         return
+    options.numbers = options.boots, options.away_boots
+    options.tree, options.openrc = '/', False
+    refused = why_not(options, ['mmdebstrap'])
+    if refused:
+        print('nothing was run: %s' % refused)
+        sys.exit(3)
     with tempfile.TemporaryDirectory(dir='/var/tmp') as folder:
         options.trees = (options.trees or pathlib.Path(folder)).resolve()
+        for release in RELEASES:
+            for agent in UNITS:
+                tree_of(options.trees, release, agent)
         if options.again:
-            boots, failed = json.loads(options.results.read_text())
+            boots = [json.loads(line) for line in options.results.read_text().splitlines()]
         else:
-            options.tree, options.openrc = '/', False
-            refused = why_not(options, ['mmdebstrap'])
-            if refused:
-                print('nothing was run: %s' % refused)
-                sys.exit(3)
-            for release in RELEASES:
-                for agent in UNITS:
-                    tree_of(options.trees, release, agent)
-            boots, failed = all_boots(options)
-            if options.results:
-                options.results.write_text(json.dumps([boots, failed], indent=1))
-        show(boots, failed, options)
-    sys.exit(1 if failed else 0)
+            boots = all_boots(options)
+        show(boots, options)
+    sys.exit(0 if all(boots) else 1)
 
 
 if __name__ == '__main__':

@@ -118,7 +118,7 @@ class Platform(Azure):
 def imds(path, query):
     """What a path of IMDS is called, and the answer: JSON, or a leaf as text."""
     words = path.split('/')[3:]
-    name = 'IMDS ' + '/'.join(words or ['instance'])
+    name = 'IMDS ' + (words or ['instance'])[-1]
     found = INSTANCE
     for word in words:
         try:
@@ -230,7 +230,11 @@ class VM(Machine):
 
     def systemd(self):
         """The pid of systemd, once it runs; its control group is then known, too."""
-        for pid in children(self.process.pid):
+        try:
+            below = children(self.process.pid)
+        except FileNotFoundError:  # one has just ended
+            return None
+        for pid in below:
             if read('/proc/%d/comm' % pid) == 'systemd\n':
                 self.place = re.search('(?m)^0::(/[^/\n]+)', read('/proc/%d/cgroup' % pid)).group(1)
                 return pid

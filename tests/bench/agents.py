@@ -3,14 +3,16 @@
 
 Makes trees of Debian 12 and 13 with each agent, boots them in turn with a real systemd, and prints
 tables in Markdown: of VMs whose host is there, and of VMs whose WireServer is away for a minute.
-Draws a picture of the first ones. Needs root, mmdebstrap and a mirror of Debian, and an hour and a
-half on a machine that is otherwise idle. Exit status: 0, 1 if a boot failed, 3 if nothing could be
+Can draw a picture of the first ones. Needs root, mmdebstrap and a mirror of Debian, and about an
+hour on a machine that is otherwise idle. Exit status: 0, 1 if a boot failed, 3 if nothing could be
 run.
 """
 
 import argparse
 import collections
 import concurrent.futures
+import contextlib
+import io
 import json
 import os
 import pathlib
@@ -32,6 +34,7 @@ from azure_vm import HERE, KEY, OURS, STUBBED, UNITS, VM
 BOOTS = 5
 AWAY = 60  # seconds
 APART = 20  # seconds between the starts of VMs whose WireServer is away: they wait side by side
+BEGIN, END = '<!-- make bench-agents: begin -->\n', '<!-- make bench-agents: end -->\n'
 PATIENCE = 300  # seconds, for a boot and all around it
 BASE = 'systemd systemd-sysv dbus udev openssh-server sudo iproute2 ca-certificates ifupdown'
 CLIENTS = {'bookworm': 'isc-dhcp-client', 'trixie': 'dhcpcd-base'}
@@ -183,7 +186,7 @@ def boot(subject, release, options, away=0, delay=0):
         found['boot_cpu'],
     )
     print(said, file=sys.stderr, flush=True)
-    return dict(found, subject=subject, release=release, away=away)
+    return dict(found, subject=subject, release=release, away=away, date=str(date.today()))
 
 
 def add_processes(found, units, processes):
@@ -338,19 +341,38 @@ def versions(trees):
 
 
 def show(boots, options):
-    """Print everything, and draw the picture."""
+    """Print all tables, and put them in the page and the picture in its file, if they are named."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        shown = tables(boots, options)
+    print(text.getvalue(), end='')
+    if options.svg and shown:
+        options.svg.write_text(picture.draw(shown, COMPARED))
+    if options.page:
+        before, begin, rest = options.page.read_text().partition(BEGIN)
+        _, end, after = rest.partition(END)
+        assert end, '%s has no place for the tables' % options.page
+        options.page.write_text(before + begin + text.getvalue() + '\n' + end + after)
+
+
+def tables(boots, options):
+    """Print all tables; return the results of the first ones, by release."""
     good = [each for each in boots if each]
-    print(
-        'Measured on %s, Linux %s, %d cores.' % (date.today(), platform.release(), os.cpu_count())
-    )
-    print('Medians of %d boots each, %d without a WireServer, and ranges.\n' % options.numbers)
+    days = ' and '.join(sorted({each['date'] for each in good}))
+    print('Measured on %s, Linux %s, %d cores.\n' % (days, platform.release(), os.cpu_count()))
     versions(options.trees)
     print('\nHow the systems were booted:\n\n' + STUBBED, end='')
     rows, shown = [], {}
     for away in False, True:
         for release in RELEASES:
             results = Results(good, release, away)
-            title = RELEASES[release] + (', WireServer away for %d s' % AWAY if away else '')
+            if not results.boots:
+                continue
+            title = '%s%s: medians of %d boots, and ranges' % (
+                RELEASES[release],
+                ', WireServer away for %d s' % AWAY if away else '',
+                max(map(len, results.boots.values())),
+            )
             results.table(title, installed(options.trees, release))
             if not away and all(results.boots[subject] for subject in SUBJECTS):
                 shown[RELEASES[release]] = results
@@ -358,8 +380,7 @@ def show(boots, options):
     table('Targets', ['', 'target', 'got', 'wanted', 'met?'], *rows)
     if len(good) < len(boots):
         print('\n%d boots failed, and are not in the tables.' % (len(boots) - len(good)))
-    if options.svg and shown:
-        options.svg.write_text(picture.draw(shown, COMPARED))
+    return shown
 
 
 def main():
@@ -370,6 +391,7 @@ def main():
     parser.add_argument('--away-boots', type=int, default=BOOTS, metavar='N', help='of those')
     parser.add_argument('--trees', type=pathlib.Path, help='a folder where the trees are kept')
     parser.add_argument('--svg', type=pathlib.Path, metavar='FILE', help='the picture')
+    parser.add_argument('--page', type=pathlib.Path, metavar='FILE', help='where the tables go')
     parser.add_argument('--results', type=pathlib.Path, metavar='FILE', help='a JSON line a boot')
     parser.add_argument('--again', action='store_true', help='show those of FILE; boot nothing')
     for own in '--inside', '--subject', '--folder':
@@ -379,7 +401,6 @@ def main():
     if options.inside:
         inside(options)
         return
-    options.numbers = options.boots, options.away_boots
     options.tree, options.openrc = '/', False
     refused = why_not(options, ['mmdebstrap'])
     if refused:

@@ -75,7 +75,8 @@ class Watch:
         if event == FORK:
             _, parent, thread, pid = struct.unpack_from('=IIII', data, 52)
             if thread == pid:
-                place = self.processes.get(parent, {}).get('place') or place_of(pid)
+                known = self.processes.get(parent)
+                place = known['place'] if known else place_of(pid)
                 self.processes[pid] = {'place': place, 'began': nanoseconds / 1e9}
         elif event == EXEC:
             _, pid = struct.unpack_from('=II', data, 52)
@@ -122,6 +123,7 @@ def place_of(pid):
 
 
 def main():
+    os.setpriority(os.PRIO_PROCESS, 0, -20)  # to look at a process before it is gone
     watch, starts, ends = Watch(), connector(), taskstats()
     stop, stopped = os.pipe()
     os.set_blocking(stopped, False)

@@ -242,7 +242,8 @@ class Machine:
         process = self.start()
         self.began, was_up, self.cut = time.monotonic(), None, False
         try:
-            while process.poll() is None and not self.cut and time.monotonic() < self.began + self.limit:
+            end = self.began + self.limit
+            while process.poll() is None and not self.cut and time.monotonic() < end:
                 if was_up is None and 'up=yes' in console.read_text(errors='replace'):
                     was_up = time.monotonic()
                 self.cut = meanwhile(time.monotonic() - was_up if was_up else 0)

@@ -39,11 +39,13 @@ STUBBED = """\
   DHCP lease has the routes and the options that Azure's has.
 - For all: DMI says that this is a VM of Azure; timers and consoles are masked; the machine-id is
   there; ifupdown with the release's DHCP client brings the network up. dhcpcd, on Debian 13, does
-  not ask whether somebody else has its address (`noarp`), which takes it five seconds.
+  not begin with a random wait (`nodelay`), nor ask for seconds who else has its address (`noarp`).
 - For cloud-init and waagent alone: `systemd-detect-virt` says microsoft, as they refuse containers;
   the DVD is a folder, bound by a stub of `mount`; `eject` is a stub.
 - cloud-init: `datasource_list: [Azure]`; `locale: false`, or it would generate a locale.
-- waagent: `Provisioning.Agent=waagent`; its unit's `ConditionVirtualization` is taken away.
+- waagent: `Provisioning.Agent=waagent`; its unit's `ConditionVirtualization` is taken away. The VM
+  is to have an agent (`ProvisionGuestAgent`), so that it goes on to handle extensions, of which
+  there are none.
 """
 DMI = {
     'chassis_asset_tag': '7783-7084-3265-9085-8269-3286-77',
@@ -164,7 +166,7 @@ class VM(Machine):
             link.symlink_to('/etc/systemd/system/' + unit)
         dhcpcd = pathlib.Path(tree, 'etc/dhcpcd.conf')
         if dhcpcd.exists():
-            self.write('etc/dhcpcd.conf', dhcpcd.read_text() + 'noarp\n')
+            self.write('etc/dhcpcd.conf', dhcpcd.read_text() + 'noarp\nnodelay\n')
         if agent != 'cloud-init':  # which writes that itself
             self.write('etc/network/interfaces.d/eth0', 'auto eth0\niface eth0 inet dhcp\n')
         if agent in OURS:

@@ -49,8 +49,11 @@ fuzz: ## compare both scripts with an XML library [SEED=1 N=400]
 exhaustive: ## compare them on every sequence of tokens, in 10 minutes
 	@python3 tests/checks/exhaustive.py
 
-bench: ## measure what a run costs, in 3 minutes
+bench: ## measure what a run costs, in 5 minutes
 	@python3 tests/bench/bench.py
+
+bench-agents: ## measure boots beside cloud-init and waagent, as root, in an hour
+	@python3 tests/bench/agents.py --page docs/performance.md --svg docs/agents.svg
 
 dist: ## make an archive of the last commit, and its checksum
 	@commit=$$(git rev-parse HEAD) && \
@@ -157,4 +160,4 @@ rm -f '$(UNIT)' '$(UNIT).d/steps.conf' $(foreach name,$(notdir $(DROP_INS)),'$(U
 @rmdir '$(UNIT).d' 2>/dev/null || :
 endef
 
-.PHONY: help demo test test-all fault-test boot-test test-matrix conformance fuzz exhaustive bench install check-install uninstall
+.PHONY: help demo test test-all fault-test boot-test test-matrix conformance fuzz exhaustive bench bench-agents install check-install uninstall

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Measure what a first boot costs, beside the least it could cost: python3 tests/bench/bench.py
 
-Prints tables in Markdown, the targets last, in two to three minutes. On a busy machine figures are
-noise: each is the median over rounds in which everything is run once, in turn, and a ratio is the
-median of the rounds' ratios. Exit status: 0, or 1 if a target that is a gate is missed.
+Prints tables in Markdown, the targets last, in five minutes; agents.py measures whole boots. On a
+busy machine figures are noise: each is the median over rounds in which everything is run once, in
+turn, and a ratio is the median of the rounds' ratios. Exit status: 0, or 1 if a target that is a
+gate is missed.
 """
 
 import collections
@@ -19,12 +20,18 @@ import tempfile
 import time
 
 import kit_path  # noqa: F401  before the modules of the kit
+import cases
 import sandbox
 from host import Answer, Host, endpoint_of, good
-from run import OURS
+from run import OURS, Run as CaseRun
 
 HERE = pathlib.Path(__file__).resolve().parent
-ROUNDS, SIZE_ROUNDS = 15, 3
+sys.path.append(str(HERE.parent / 'checks'))
+from bounds import documents  # noqa: E402
+
+ROUNDS, SIZE_ROUNDS, STEPS_ROUNDS = 15, 3, 5
+WORST = 5  # shapes that are shown
+REFUSED, SILENT = 100, 5  # attempts
 AGENTS = 500
 PATIENCE = 120  # seconds, for whatever is started
 KIB = 1024
@@ -152,30 +159,36 @@ def environment(home, **settings):
     return dict(PATH=os.environ['PATH'], COMMANDS='/dev/null', HOME=home, TMPDIR=home, **settings)
 
 
-def run(command, answers=None, **settings):
-    """Run a command against a host of its own, and measure it."""
+def run(command, answers=None, reach=True, **settings):
+    """Run a command against a host of its own, or with nobody to reach, and measure it."""
     with Meter(answers or good()) as host, tempfile.TemporaryDirectory() as home:
         before = os.stat(home).st_mtime_ns
         process = sandbox.start(
             GAUGE + command,
-            (host.wireserver, host.imds),
+            (host.wireserver, host.imds) if reach else (host.refused, host.refused),
             environment(home, **settings),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
         printed, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, 'the gauge ended with status %d' % process.returncode
-        said, _, measured = printed.decode().strip().rpartition('\n')
-        status, *costs = map(float, measured.split())
+        said, status, costs = gauged(printed.decode())
         return Run(
-            int(status),
+            status,
             *costs,
-            said.strip(),
+            said,
             len(host.requests),
             host.connections,
             host.sent,
             os.stat(home).st_mtime_ns != before,
         )
+
+
+def gauged(printed):
+    """What was said, the exit status, and the gauge's figures."""
+    said, _, measured = printed.strip().rpartition('\n')
+    status, *costs = map(float, measured.split())
+    return said.strip(), int(status), costs
 
 
 def succeeded(did):
@@ -359,6 +372,81 @@ def large_goal_states():
     )
 
 
+def worst_shapes(normal):
+    """What a goal state of 64 KiB costs in the worst shapes, also if it is refused."""
+    found = {name: Answer('body', text.encode('latin-1')) for name, text in documents().items()}
+    rows = []
+    for name, command in PROGRAMS.items():
+        cost = {
+            shape: run(
+                command + ['ready'], good(goalstate=[body]), AZURE_PROVISIONING_ATTEMPTS='1'
+            ).cpu
+            for shape, body in found.items()
+        }
+        worst = sorted(cost, key=cost.get, reverse=True)[:WORST]
+        rows.append(
+            [name, '%.0f' % median(normal[name], 'cpu')]
+            + ['%s: %.0f' % (shape, cost[shape]) for shape in worst]
+        )
+    title = 'CPU of the step ready, ms, with the %d worst of %d goal states of 64 KiB'
+    head = ['', 'a normal run'] + ['%d.' % (place + 1) for place in range(WORST)]
+    table(title % (WORST, len(found)), head, *rows)
+
+
+class StepsRun(CaseRun):
+    """A run for a case, with the gauge in the place of strace."""
+
+    def tracer(self):
+        return GAUGE
+
+
+def user_and_password(normal):
+    """What a run costs that makes a user with a key and a password, with stubs for commands."""
+    (case,), _ = cases.find('users/must-default')
+    (other,), _ = cases.find('passwords/must-default')
+    case.before.update((path, other.before[path]) for path in ('/dev/sr0', '/etc/ssh/sshd_config'))
+    case.arguments = ['user', 'password', 'hostname', 'ready', 'disable']
+    case.answers.update(good())
+    title = 'A run with `%s`, median of %d rounds' % (' '.join(case.arguments), STEPS_ROUNDS)
+    runs = collections.defaultdict(list)
+    for _ in range(STEPS_ROUNDS + 1):
+        for name, command in PROGRAMS.items():
+            did = StepsRun(case, ' '.join(command), {})
+            _, status, costs = gauged(did.did['stdout'])
+            assert status == 0, did.did
+            runs[name].append([*costs, len(did.requests)])
+    rows = []
+    for name in PROGRAMS:
+        cpu, wall, memory, requests = map(statistics.median, zip(*runs[name][1:]))
+        share = cpu / median(normal[name], 'cpu')
+        rows.append([name, '%.1f (%.2f)' % (cpu, share), '%.1f' % wall, '%.1f' % memory, requests])
+    head = ['', 'CPU, ms (as a ratio to the default run)', 'wall, ms', 'memory, MiB', 'requests']
+    table(title, head, *rows)
+
+
+def attempts():
+    """What an attempt costs while nobody listens, and while nobody answers."""
+
+    def cost(command, number, silent):
+        settings = {
+            'AZURE_PROVISIONING_ATTEMPTS': str(number),
+            'AZURE_PROVISIONING_INTERVAL': '0',
+            'AZURE_PROVISIONING_TIMEOUT': '1',
+        }
+        answers = {'goalstate': [Answer('fault', 'silent')]}
+        return run(command + ['ready'], answers, reach=silent, **settings).cpu
+
+    rows = []
+    for name, command in PROGRAMS.items():
+        row = [name]
+        for number, silent in (REFUSED, False), (SILENT, True):
+            each = (cost(command, number + 1, silent) - cost(command, 1, silent)) / number
+            row.append('%.2f' % each)
+        rows.append(row)
+    head = ['', 'nobody listens, %d attempts' % REFUSED, 'no answer, %d attempts' % SILENT]
+    table('CPU of a failed attempt, ms', head, *rows)
+
+
 def endless(normal):
     """How much memory a run takes where a body has no end, or is announced with 1 GiB."""
     faults = ('endless', 'endless-lines', 'endless-chunks', 'gigabyte')
@@ -475,12 +563,16 @@ def fleet():
 
 
 def main():
+    subprocess.run([sys.executable, str(HERE / 'unit.py')], check=True)  # before the sandbox
     refused = sandbox.refusal()
     if refused:
         print('nothing was run: %s' % refused)
         sys.exit(3)
     normal = first_boot()
     large_goal_states()
+    worst_shapes(normal)
+    user_and_password(normal)
+    attempts()
     endless(normal)
     fleet()
     table('Targets', ['target', 'got', 'met?', ''], *targets)

@@ -134,6 +134,8 @@ POSTED = [line for line in GOOD_RUN if line.startswith('<Health>')]
 class Machine:
     """A system with a program installed; what one boot changes is there at the next."""
 
+    limit = LIMIT
+
     def __init__(self, program, options, drop_in='', steps=''):
         self.made_of = program, options, drop_in, steps
         self.program = program
@@ -160,6 +162,15 @@ class Machine:
         self.write('etc/machine-id', '')
         self.write('etc/hostname', 'image\n')
         self.write('etc/systemd/journald.conf.d/tests.conf', '[Journal]\nStorage=volatile\n')
+        self.install(program, steps)
+        shutil.copytree(str(HERE / 'image'), str(self.upper / 'azure-provisioning-tests'))
+        for unit in self.upper.glob('azure-provisioning-tests/*.service'):
+            unit.rename(self.units / unit.name)
+        if drop_in:
+            self.write('etc/systemd/system/azure-provisioning.service.d/tests.conf', drop_in)
+        self.enable('azure-provisioning', 'report', 'never')
+
+    def install(self, program, steps):
         arguments = ['IMPL=' + program, 'STEPS=' + steps, 'DESTDIR=%s' % self.upper]
         installed = subprocess.run(
             ['make', '-s', 'install', *arguments],
@@ -169,12 +180,6 @@ class Machine:
             cwd=str(PROJECT),
         )
         assert installed.returncode == 0, installed.stdout
-        shutil.copytree(str(HERE / 'image'), str(self.upper / 'azure-provisioning-tests'))
-        for unit in self.upper.glob('azure-provisioning-tests/*.service'):
-            unit.rename(self.units / unit.name)
-        if drop_in:
-            self.write('etc/systemd/system/azure-provisioning.service.d/tests.conf', drop_in)
-        self.enable('azure-provisioning', 'report', 'never')
 
     def write(self, path, text, mode=0o644):
         path = self.upper / path
@@ -216,6 +221,16 @@ class Machine:
         said = (self.state / 'cpu.stat').read_text()
         return int(re.search('^usage_usec (.+)', said, re.MULTILINE).group(1)) / 1000
 
+    def start(self, *before):
+        """Start systemd, by way of a command if there is one before."""
+        return subprocess.Popen(
+            [*before, str(HERE / 'container'), self.tree, str(self.state)],
+            stdin=subprocess.PIPE if before else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            universal_newlines=True,
+        )
+
     def boot(self, meanwhile=lambda up: False):
         """Boot, and wait for the power to go off; return the report, a list a name.
 
@@ -224,16 +239,11 @@ class Machine:
         """
         console = self.state / 'console'
         console.write_text('')
-        process = subprocess.Popen(
-            [str(HERE / 'container'), self.tree, str(self.state)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            universal_newlines=True,
-        )
+        process = self.start()
         self.began, was_up, self.cut = time.monotonic(), None, False
         try:
-            while process.poll() is None and not self.cut and time.monotonic() < self.began + LIMIT:
+            end = self.began + self.limit
+            while process.poll() is None and not self.cut and time.monotonic() < end:
                 if was_up is None and 'up=yes' in console.read_text(errors='replace'):
                     was_up = time.monotonic()
                 self.cut = meanwhile(time.monotonic() - was_up if was_up else 0)

@@ -610,11 +610,12 @@ def publish(machine):
 
 class DHCP:
     """A DHCP server on an interface, for a single client: notes the hostnames that it is asked for
-    an address with.
+    an address with. It may be given more options to send.
     """
 
-    def __init__(self, interface):
+    def __init__(self, interface, more=()):
         self.names = []
+        self.more = more
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
@@ -655,9 +656,10 @@ class DHCP:
                 (51, b'\0\0\x0e\x10'),
                 (1, b'\xff\xff\xff\0'),
                 (3, socket.inet_aton('10.0.0.254')),
+                *self.more,
             ):
                 reply += bytes([code, len(value)]) + value
-            self.socket.sendto(reply + b'\xff', ('255.255.255.255', 68))
+            self.socket.sendto((reply + b'\xff').ljust(300, b'\0'), ('255.255.255.255', 68))
 
 
 publish.drop_in = """[Service]

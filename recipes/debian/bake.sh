@@ -20,8 +20,10 @@ main() {
     systemctl enable "$UNIT"
     clean
     if [ -n "${1-}" ]; then
-        userdel -f -r "$1" # -f: even though it is logged in
+        userdel -f -r "$1" 2>/dev/null || : # -f: even though it is logged in, which is an error
+        ! id "$1" >/dev/null 2>&1 || fail "cannot remove $1"
     fi
+    echo 'bake.sh: done. Do not start this system again, and do not run apt autoremove in it.'
 }
 
 fail() {
@@ -50,7 +52,8 @@ remove_other_agents() {
         sed -n 's/^\(installed\|config-files\) //p')
     if [ -n "$packages" ]; then
         # shellcheck disable=SC2086 # words
-        DEBIAN_FRONTEND=noninteractive apt-get purge -y $packages </dev/null
+        DEBIAN_FRONTEND=noninteractive \
+            apt-get -o DPkg::Lock::Timeout=300 purge -y $packages </dev/null
     fi
     rm -rf /etc/cloud /var/lib/cloud /var/lib/waagent /etc/waagent.conf
     rm -f /etc/sudoers.d/90-cloud-init-users /etc/sudoers.d/waagent
@@ -97,6 +100,11 @@ clean() {
     rm -f /var/lib/systemd/random-seed /var/lib/systemd/credential.secret
     rm -rf /var/lib/azure-provisioning
     : >/etc/machine-id
+    # cloud-init also gives root the key of the user, with a command that sends the caller away.
+    rm -f /root/.ssh/authorized_keys /root/.bash_history
+    if [ -e /etc/hosts ]; then
+        sed -i '/^127\.0\.1\.1[[:space:]]/d' /etc/hosts # the name of the base VM
+    fi
     apt-get clean
     find /var/log -type f -delete
 }

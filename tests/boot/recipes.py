@@ -287,6 +287,8 @@ def prepare_debian(image):
     shutil.copy(str(RECIPES / 'debian/bake.sh'), str(image.files))
     image.run('useradd --create-home admin; rm -rf /var/lib/apt/lists')
     image.run('mkdir -p /var/lib/azure-provisioning; : >/var/log/old.log')
+    image.write('etc/hosts', '127.0.0.1 localhost\n127.0.1.1 base.internal base\n')
+    image.write('root/.ssh/authorized_keys', 'command="exit 142" ssh-ed25519 AAAA admin\n', 0o600)
     return host_keys(image)
 
 
@@ -296,9 +298,9 @@ def is_baked(image, keys):
         'ls /etc/ssh/ssh_host_* /lib/systemd/system/cloud-* /lib/systemd/system/*agent* '
         '/var/lib/azure-provisioning /home/admin 2>/dev/null || :; '
         'grep admin /etc/passwd || :; cat /etc/machine-id; ls /var/log/old.log 2>/dev/null || :; '
-        'cat /etc/fstab'
+        'ls /root/.ssh/authorized_keys 2>/dev/null || :; cat /etc/hosts /etc/fstab'
     )
-    assert left == '/dev/sda1 / ext4 defaults 0 1\n', left
+    assert left == '127.0.0.1 localhost\n/dev/sda1 / ext4 defaults 0 1\n', left
     image.report()
     with Azure() as host:
         is_provisioned(image.boot(), host.posts())
@@ -365,6 +367,9 @@ def openrc_image():
     )
     image.write('usr/local/bin/apk', APK, 0o755)
     image.write('etc/init.d/networking', '#!/sbin/openrc-run\nstart() { :; }\n', 0o755)
+    image.write('usr/local/bin/deluser', '#!/bin/sh\necho "$*" >>/removed\n', 0o755)
+    image.write('root/.ssh/authorized_keys', 'ssh-ed25519 AAAA builder\n', 0o600)
+    image.write('etc/dropbear/dropbear_ed25519_host_key', 'of the base VM')
     image.write('var/log/old.log', '')
     shutil.copy(str(RECIPES / 'openrc/bake.sh'), str(image.files))
     shutil.copy(str(RECIPES / 'openrc/azure-provisioning'), str(image.files))
@@ -372,9 +377,15 @@ def openrc_image():
     assert 'install /usr/local/sbin/azure-provisioning first' in said, said
     image.run(
         'install -D -m 755 azure-provisioning.sh /usr/local/sbin/azure-provisioning; '
-        'install -m 755 azure-provisioning /etc/init.d; sh bake.sh'
+        'install -m 755 azure-provisioning /etc/init.d; sh bake.sh builder'
     )
-    assert image.run('cat /removed') == 'del cloud-init tiny-cloud-azure\n'
+    removed = 'del cloud-init tiny-cloud-azure\n--remove-home builder\n'
+    assert image.run('cat /removed') == removed
+    left = image.run('ls /root/.ssh/authorized_keys /etc/dropbear/* 2>/dev/null || :')
+    assert left == '', left
+    interfaces = image.run('cat /etc/network/interfaces')
+    # ifupdown-ng, which is Alpine's, reads one name after each auto.
+    assert re.findall('(?m)^auto (.*)$', interfaces) == ['lo', 'eth0'], interfaces
     image.run('! command -v curl')
     return image
 

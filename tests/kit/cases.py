@@ -43,9 +43,11 @@ TEXTS = EXPECTED + (
     'umask',
     'output',
     'signal',
+    'kernel',
 )
 TABLES = ('values', 'settings', 'answers')  # of names; those of a case are added to the common ones
 OUTPUTS = ('full', 'gone')  # what cannot be written to
+NETWORKS = ('none', 'changes')
 ADDED = ('before', 'files')  # so are the lines of these
 REPLY = re.compile(r'HTTP ([^\["]*?)((?: \[.*?\])*)(?: (".*"))?', re.DOTALL)
 CELL = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^" ]| (?! ))+')
@@ -305,7 +307,8 @@ class Case:
             if layer.texts.get(each, '').strip():
                 self.settings[each.upper()] = layer.texts[each].strip()
         self.curlrc = layer.texts.get('curlrc')
-        self.without_network = 'network' in layer.texts
+        self.network = layer.texts.get('network', '').strip()
+        self.fixed_hostname = 'kernel' in layer.texts
         self.output = layer.texts.get('output', '').strip()
         self.signal = layer.texts.get('signal', '').strip()
         self.umask = layer.texts.get('umask', '022').strip()
@@ -313,6 +316,8 @@ class Case:
         self.before = None
         if self.output not in ('', *OUTPUTS):
             raise BadCase('no such output: %s' % self.output)
+        if self.network not in ('', *NETWORKS):
+            raise BadCase('no such network: %s' % self.network)
         if 'umask' in layer.texts and 'files' not in layer.texts:
             raise BadCase('an umask is looked at with files only')
         if 'before' in layer.texts or 'files' in layer.texts:

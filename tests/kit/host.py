@@ -114,6 +114,7 @@ class Host:
             'elsewhere'
         )  # where redirects and proxies point: nobody is to come here
         self.refused = self.listen(None)
+        self.unanswered = self.listen_without_room()
         return self
 
     def __exit__(self, *_):
@@ -135,6 +136,19 @@ class Host:
         if server:
             listener.listen(1024)  # a fleet may knock at once
             threading.Thread(target=self.accept, args=(listener, server), daemon=True).start()
+        return 'http://127.0.0.1:%d' % listener.getsockname()[1]
+
+    def listen_without_room(self):
+        """Open a server with whom connecting takes for ever: its queue is full."""
+        listener = socket.socket()
+        listener.bind(('127.0.0.1', 0))
+        listener.listen(0)
+        self.sockets.append(listener)
+        for _ in range(2):
+            waiting = socket.socket()
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+            self.sockets.append(waiting)
         return 'http://127.0.0.1:%d' % listener.getsockname()[1]
 
     def accept(self, listener, server):

@@ -11,6 +11,7 @@ are not in order, 3 nothing can be run here.
 import argparse
 import concurrent.futures
 import functools
+import itertools
 import os
 import pathlib
 import re
@@ -49,6 +50,14 @@ code=$?
 read -r name </proc/sys/kernel/hostname && echo "$name" >"$file"
 exit "$code"
 """
+# Takes away what a program needs to set the hostname of the kernel, and runs it.
+FIXED = """
+"$1" -o remount,bind,ro /proc/sys/kernel/hostname
+shift
+exec setpriv --bounding-set -sys_admin "$@"
+"""
+SMALL = b'\xff\0\0\0'  # the mask of a route that nobody needs
+METRICS = itertools.count(100)
 
 
 def command_line(program):
@@ -94,7 +103,7 @@ class Run:
         if self.case.before is not None:
             files.put(self.root, self.case.before)
             self.before, _ = files.look(self.root)
-            if not self.case.without_network:
+            if self.case.network != 'none':
                 sandbox.default_route()
 
     def environment(self, common):
@@ -105,7 +114,7 @@ class Run:
         found = dict(common, HOME=self.home, TMPDIR=self.home, COMMANDS=self.commands)
         found.update(NEW_UID=str(user), NEW_GID=str(group))
         for name, value in self.case.settings.items():
-            for server in ('elsewhere', 'refused', 'wireserver', 'imds'):
+            for server in ('elsewhere', 'refused', 'unanswered', 'wireserver', 'imds'):
                 value = value.replace('{%s}' % server, getattr(self.host, server))
             found[name] = value
         return found
@@ -116,14 +125,14 @@ class Run:
         root = self.root if self.case.before is not None else None
         if root:
             observed = [shutil.which('sh'), '-c', OBSERVED, 'sh', self.case.umask, self.hostname]
-            words = observed + self.tracer() + words
+            words = observed + self.kernel() + self.tracer() + words
         outputs = self.outputs()
         process = sandbox.start(
             words,
             (self.host.wireserver, self.host.imds),
             self.environment(common),
             root,
-            self.case.without_network,
+            ['--net'] if self.case.network == 'none' else [],
             cwd=self.home,
             start_new_session=True,
             **outputs,
@@ -131,7 +140,7 @@ class Run:
         if self.case.output:
             os.close(outputs['stdout'])
         try:
-            if self.case.signal:
+            if self.case.signal or self.case.network == 'changes':
                 self.disturb(process)
             stdout, stderr = process.communicate(timeout=LIMIT)
         except subprocess.TimeoutExpired:
@@ -163,11 +172,16 @@ class Run:
         return {'stdout': output, 'stderr': output}
 
     def disturb(self, process):
-        """Send the program a signal once it has sent a request, unless it ends before."""
+        """Send the program a signal, or change the kernel's routes, once it has sent a request,
+        unless it ends before.
+        """
         end = time.monotonic() + LIMIT
         while process.poll() is None and time.monotonic() < end:
             if self.host.requested.wait(0.1):
-                process.send_signal(getattr(signal, 'SIG' + self.case.signal))
+                if self.case.signal:
+                    process.send_signal(getattr(signal, 'SIG' + self.case.signal))
+                else:
+                    sandbox.add_route(sandbox.UP | sandbox.REJECT, SMALL, next(METRICS))
                 return
 
     def look(self):
@@ -189,6 +203,12 @@ class Run:
         if any(SECRET.encode() in file.content for file in self.case.before.values()):
             return [word.replace('TRACE', self.trace) for word in strace()]
         return []
+
+    def kernel(self):
+        """The words that keep a program from setting the kernel's hostname, in a case with that."""
+        if not self.case.fixed_hostname:
+            return []
+        return [shutil.which('sh'), '-c', FIXED, 'sh', shutil.which('mount')]
 
     def leaks(self):
         """Where a password is to be seen, but for the DVD and the standard input of chpasswd."""
@@ -278,6 +298,8 @@ class Runner:
     def results(self):
         """What came of each case, as it comes: the program, the case, the differences."""
         jobs = [(program, case) for program in self.programs for case in self.cases]
+        again = [job for job in jobs if job[1].network == 'changes']  # it would disturb the others
+        beside = [job for job in jobs if job not in again]
         with concurrent.futures.ThreadPoolExecutor(
             BUSY
         ) as busy, concurrent.futures.ThreadPoolExecutor(WAITING) as waiting:
@@ -285,16 +307,15 @@ class Runner:
                 (waiting if waits(case) else busy).submit(
                     verdict, case, program, self.strict, self.environment
                 ): (program, case)
-                for program, case in jobs
+                for program, case in beside
             }
-            again = []
             for run in concurrent.futures.as_completed(runs):
                 (program, case), (found, usage) = runs[run], run.result()
-                if found and waits(case) and len(again) < FEW:
+                if found and waits(case) and len(again) < FEW * len(self.programs):
                     again.append((program, case))
                 else:
                     yield program, case, self.count(program, case, found, usage, len(jobs))
-        for program, case in again:  # alone: the machine may have been too busy to keep the times
+        for program, case in again:  # alone, also where the machine was too busy to keep the times
             found, usage = verdict(case, program, self.strict, self.environment)
             yield program, case, self.count(program, case, found, usage, len(jobs))
 

@@ -152,11 +152,12 @@ def lo_up():
         fcntl.ioctl(control, 0x8914, struct.pack('16sH14x', b'lo', up))  # SIOCSIFFLAGS
 
 
-def start(words, urls, environment, root=None, without_network=False, **options):
+def start(words, urls, environment, root=None, namespaces=(), **options):
     """Start a program: its words, base URLs of the WireServer and IMDS, and its environment but for
     these and the stubs.
 
-    PATH is this process's, where the environment has none. Options are those of subprocess.Popen.
+    PATH is this process's, where the environment has none. A root may have more namespaces than its
+    own, options of unshare. Options are those of subprocess.Popen.
     """
     check(urls, environment)
     reach = reachable if root else str
@@ -172,7 +173,7 @@ def start(words, urls, environment, root=None, without_network=False, **options)
     words = [reach(word) if os.path.isfile(word) else word for word in words]
     if root:
         variables = ['%s=%s' % each for each in environment.items()]
-        words = at_root(root, without_network) + [shutil.which('env'), '-i'] + variables + words
+        words = at_root(root, namespaces) + [shutil.which('env'), '-i'] + variables + words
         environment = None  # the commands that put the root in place are the machine's
     return subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, **options)
 
@@ -209,7 +210,7 @@ def reachable(path):
     return path
 
 
-def at_root(root, without_network):
+def at_root(root, namespaces):
     """The words that run a command with the folders of a root in the place of the machine's."""
     kept = [each for each in files.KEPT if os.path.exists('/' + each)]
     binds = [('/' + each, root + '/' + each) for each in kept]
@@ -217,8 +218,8 @@ def at_root(root, without_network):
     fstab = root + '.fstab'
     with open(fstab, 'w') as file:
         file.write(''.join('%s %s none rbind 0 0\n' % bind for bind in binds))
-    namespaces = ['--mount', '--uts'] + ['--net'] * without_network
-    return [shutil.which('unshare') or 'unshare'] + namespaces + ['sh', '-c', ENTER, 'sh', fstab]
+    unshare = [shutil.which('unshare') or 'unshare', '--mount', '--uts', *namespaces]
+    return unshare + ['sh', '-c', ENTER, 'sh', fstab]
 
 
 @functools.lru_cache(maxsize=None)
@@ -227,7 +228,7 @@ def without_roots():
     root = os.path.join(tempfile.mkdtemp(), 'root')
     files.put(root, {'/etc/passwd': files.File('file', 0o644, b'')})
     try:
-        words = at_root(root, True) + ['test', '-e', '/' + files.MARK]
+        words = at_root(root, ['--net']) + ['test', '-e', '/' + files.MARK]
         done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     except OSError as error:
         return 'no command unshare: %s' % error

@@ -100,8 +100,10 @@ NEEDED_DROP_INS = $(filter $(STEPS:%=drop-ins/%.conf),$(DROP_INS))
 # A step before ready must give up before Azure does. Otherwise Azure is never told NotReady.
 LIMIT = Environment=AZURE_PROVISIONING_ATTEMPTS=900
 IS_READY_FIRST = $(filter ready,$(firstword $(STEPS)))
+IS_PUBLISH_EARLY = $(filter publish,$(firstword $(filter publish hostname,$(STEPS))))
 
 NO_READY = STEPS has no ready: Azure is never told that the VM runs
+OLD_NAME = STEPS has publish before hostname: it publishes the name of the image
 NO_END = STEPS has neither disable nor remember: the steps run on each boot
 warn = echo 'make install: warning: $(1)' >&2
 fail = { echo "make install: $(1)" >&2; exit 2; }
@@ -120,6 +122,7 @@ ifneq ($(strip $(STEPS)),)
 	$(if $(NEEDED_DROP_INS),install -m 644 $(NEEDED_DROP_INS) '$(UNIT).d/')
 	@$(if $(filter ready,$(STEPS)),,$(call warn,$(NO_READY)))
 	@$(if $(filter disable remember,$(STEPS)),,$(call warn,$(NO_END)))
+	@$(if $(IS_PUBLISH_EARLY),$(call warn,$(OLD_NAME)))
 endif
 	@printf '%s\n' 'Next, as root:' \
 	    '    systemctl$(if $(DESTDIR), --root='\''$(DESTDIR)'\'') enable azure-provisioning.service'

@@ -360,7 +360,7 @@ END
     [[ $(make -n install IMPL=sh) == *"'    systemctl enable azure-provisioning.service'" ]]
 }
 
-@test "make install warns of steps without ready, and without disable and remember" {
+@test "make install warns of steps without ready, without disable and remember, and of publish before hostname" {
     warnings() {
         run --separate-stderr make -s install DESTDIR="$folder/tree" IMPL=sh STEPS="$1"
         [ "$status" -eq 0 ]
@@ -373,6 +373,8 @@ END
     grep -q 'no ready' <<<"$(make install DESTDIR="$folder/tree" IMPL=sh STEPS='hostname disable' 2>&1 >/dev/null)"
     [ "$(warnings 'user hostname ready')" -eq 1 ]
     [ "$(warnings 'user')" -eq 2 ]
+    [ "$(warnings 'publish hostname ready disable')" -eq 1 ]
+    [ "$(warnings 'publish ready disable')" -eq 1 ]
 }
 
 @test "make install writes nothing if it cannot go on" {

@@ -34,7 +34,7 @@ SIZE = 65536  # bytes of a document
 
 Usage = collections.namedtuple('Usage', 'threads descriptors children kilobytes')
 # A run is looked at wherever it is in an attempt. Python's memory is that of two threads or of one.
-ALLOWED = Usage(threads=1, descriptors=3, children=2, kilobytes=512)
+ALLOWED = Usage(threads=2, descriptors=3, children=2, kilobytes=512)
 
 
 def start(program, host, attempts, timeout, urls=None, **options):

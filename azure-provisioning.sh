@@ -4,8 +4,8 @@
 #
 # Arguments, settings and exit statuses: see USAGE. Errors: a step that fails says so on stderr.
 # Needs sleep, and curl; or wget, with timeout, head and tr. If hostnamectl fails, it needs chmod,
-# hostname, mkdir, mv, rm and sync. The other steps also need base64, chown, cp, date, ls, sed, tr;
-# publish needs cat, grep, ls, sed and uname.
+# hostname, mkdir, mv, rm and sync. The other steps also need base64, cat, chown, cp, date, ls,
+# mount, readlink, sed, tr and umount; publish needs grep and uname.
 # Sources: https://learn.microsoft.com/azure/virtual-machines/linux/no-agent for the WireServer,
 # .../linux/provisioning for the DVD, .../instance-metadata-service for IMDS.
 #
@@ -339,7 +339,7 @@ replace_file() {
     else
         copy_attributes || return 1
     fi
-    sync_path "$file.new" # before the rename, or a power cut could leave an empty file
+    sync_path "$file.new" || return 1 # before the rename, or a power cut could leave an empty file
     mv -f "$file.new" "$file" || return 1
     sync_path "${file%/*}"
 }
@@ -1073,7 +1073,7 @@ request_keys() {
         return
     fi
     if [ -z "$has_key_text" ]; then # IMDS may not have it yet
-        request_imds_keys required
+        request_imds_keys required || keys=''
     fi
     [ -n "$keys" ] || fail "$NO_LOGIN"
 }

@@ -22,7 +22,8 @@ import time
 import types
 from xml.etree import ElementTree
 
-# This keeps http.client from importing ssl, which is not used and takes a quarter of all memory.
+# This keeps http.client from importing ssl, which is not used, and would take a quarter of the
+# program's memory.
 sys.modules['ssl'] = None
 import http.client  # noqa: E402 - has to stand below that line
 
@@ -85,13 +86,13 @@ progress = types.SimpleNamespace(
 
 CONNECT_LIMIT = 3  # seconds of the timeout, at most, to connect
 BODY_LIMIT = 65536  # bytes of a reply's body
-ENOUGH_ABSENCES = 5  # IMDS has to say so often that it has no such value
+ENOUGH_ABSENCES = 5  # IMDS has to say this many times that it has no such value
 SPACE = ' \t\n\r'  # the characters that are white space in XML
 ACCOUNT_NAME = '[A-Za-z_][A-Za-z0-9._-]{0,31}'  # of a user or a group
 
 # Texts from files and servers have one character for each byte, as in the shell: Latin-1 does that.
 BYTE_ENCODING = 'latin-1'
-# This character takes the place of a text that must not be used. No value with it is valid.
+# This character stands for a text that must not be used. No value with it is valid.
 INVALID = '\1'
 
 
@@ -121,7 +122,7 @@ class Failed(Exception):
     status: the HTTP status of the reply, if that is the reason.
     no_reply: whether the server did not answer.
     absent: whether IMDS said that it has no such value.
-    last_attempt: why the last attempt failed, to be added where Azure is told the reason.
+    last_attempt: why the last attempt failed; NotReady adds it to the reason.
     """
 
     def __init__(self, reason, status=0, no_reply=False, absent=False, last_attempt=''):
@@ -285,7 +286,7 @@ def run_twice(*command):
 
 
 def run_always(*command, input_line=None):
-    """Run a command as run does, but in a dry run, too: it changes nothing that stays."""
+    """Run a command, in a dry run, too. run does its work with it."""
     given = None if input_line is None else f'{input_line}\n'.encode(BYTE_ENCODING)
     try:
         return subprocess.run(command, input=given).returncode == 0
@@ -317,10 +318,10 @@ def say_done(line):
 
 
 def write_file(path, mode, content, owner=None):
-    """Replace a file, or make a new one. Even after a power cut it is the old one or the new one.
+    """Replace a file, or make a new one. After a power cut it is the old one or the new one.
 
-    mode: None keeps mode and owner of the file that is there. owner: the numbers of a user and a
-    group, or None: the new file is root's. Raise Failed if the file cannot be written.
+    mode: None keeps mode and owner of the old file. owner: (UID, GID), or None: the new file is
+    root's. Raise Failed if the file cannot be written.
     """
     if settings.dry_run:
         say(f'Would write {path}')
@@ -477,32 +478,33 @@ def retry(step, function, *arguments, optional=False, attempts=None):
     """Call the function until it does not raise Failed; return its result. Fail after all attempts.
 
     The wait after the first attempt is 1 second, then 2, 3 and so on, up to settings.interval.
-    optional: IMDS may say (404, 400) that it has no such value. While it starts, it also says so of
-    values that it has. Believe it after ENOUGH_ABSENCES attempts that ended so, in a row or not, or
-    if all did, and return ''. An empty reply is no such answer.
+    optional: IMDS may have no such value. It then replies 404 or 400; but while it starts, it also
+    does so for values that it has. Return '' after ENOUGH_ABSENCES such replies, whatever came in
+    between. With fewer attempts than that, all of them must have ended so.
     """
     attempts = attempts or settings.attempts
+    enough = min(ENOUGH_ABSENCES, attempts)
     absences = 0
-    reason = ''
+    last_reason = ''
     for attempt in range(1, attempts + 1):
         routes = read_routes()
         try:
             return function(*arguments)
         except Failed as error:
             failure = error
-        if str(failure) != reason or is_power_of_two(attempt):
+        if str(failure) != last_reason or is_power_of_two(attempt):
             complain(f'{step}: attempt {attempt} of {attempts}: {failure}')
-        reason = str(failure)
+        last_reason = str(failure)
         if failure.absent:
             absences += 1
-        if optional and absences >= min(ENOUGH_ABSENCES, attempts):
+        if optional and absences >= enough:
             return ''
         if attempt < attempts:
             wait_for(min(attempt, settings.interval), routes if failure.no_reply else None)
     question = ''
     if failure.no_reply and not progress.has_reply:
         question = '; is this a VM on Azure?'
-    raise Failed(f'gave up after {attempts} attempts{question}', last_attempt=f': {reason}')
+    raise Failed(f'gave up after {attempts} attempts{question}', last_attempt=f': {last_reason}')
 
 
 def is_power_of_two(number):
@@ -695,7 +697,8 @@ def set_kernel_hostname(name):
 def request_property(step, leaf, element, optional=False):
     """Return a property that the user gave the VM, squeezed, and the DVD if it comes from there.
 
-    Raise Failed, or return '', as retry does for the value from IMDS.
+    With a DVD, ask IMDS, then the DVD, then IMDS again with all attempts. The text is '' if IMDS
+    does not have an optional property. Raise Failed after all attempts.
     """
     if has_dvd():  # it has the properties, too
         text, dvd = request_from_both(step, leaf, element, optional)
@@ -865,7 +868,7 @@ def create_user():
     keys = request_keys() if dvd is None else find_keys(dvd)
     if not find_account(name):
         add_account(name)
-        if settings.dry_run:  # the account is not there: what is in its home cannot be tried
+        if settings.dry_run:  # there is no account, and so no home to look at
             grant_root(name)
             return
     account = find_account(name)
@@ -892,7 +895,11 @@ def is_user_name(text):
 
 
 def request_keys():
-    """Return the user's valid SSH keys. Raise Failed if there is neither a key nor a password."""
+    """Return the user's valid SSH keys. Raise Failed if there is neither a key nor a password.
+
+    They come from IMDS. Without a key there, IMDS may say that there is a password. Otherwise the
+    DVD may have one of both. At last IMDS is asked again, and has to have a key now.
+    """
     keys, has_text = request_imds_keys(optional=True)
     if keys:
         return keys
@@ -902,7 +909,7 @@ def request_keys():
     if has_dvd():
         with contextlib.suppress(Failed):
             return find_keys(retry('user', request_dvd, attempts=DVD_ATTEMPTS))
-    if not has_text:  # IMDS may not have it yet
+    if not has_text:  # IMDS may not have the keys yet
         with contextlib.suppress(Failed):
             keys, _ = request_imds_keys(optional=False)
     if not keys:
@@ -913,7 +920,7 @@ def request_keys():
 def request_imds_keys(optional):
     """Return the valid SSH keys of IMDS, and whether it has any text as a key.
 
-    optional: there may be no keys, and empty ones.
+    optional: no key and an empty key are accepted.
     """
     request = request_leaf if optional else request_text
     names = split_words(retry('user', request, 'publicKeys', optional=optional))
@@ -942,7 +949,7 @@ def find_keys(dvd):
 
 
 def take_keys(number, text):
-    """Return the valid SSH keys in the value of a number; say of each whether it is one."""
+    """Return the valid SSH keys in the text of a number; say of each key whether it is valid."""
     keys = []
     for key in split_keys(text):
         if is_ssh_key(key):
@@ -956,8 +963,8 @@ def take_keys(number, text):
 def split_keys(text):
     """Return the keys in a text, at least one.
 
-    Azure may break a key into lines, and a user may give several keys. Another one begins in a line
-    that has its type in front, or behind options.
+    Azure may break a key into lines, and a user may give several keys. A line begins
+    another key if it begins with a type, or with options and a type.
     """
     keys = []
     for line in re.split('[\r\n]', text):
@@ -1010,7 +1017,7 @@ def find_account(name):
         name=name,
         password_field=password_field,
         owner=(int(fields[2]), int(fields[3])),
-        # Python has an encoding of its own for paths.
+        # For paths, Python has the encoding of os.fsdecode.
         home=os.fsdecode(fields[5].encode(BYTE_ENCODING)),
         shell=os.fsdecode(fields[6].encode(BYTE_ENCODING)),
     )
@@ -1025,7 +1032,7 @@ def find_fields(path, name):
 
 
 def add_account(name):
-    """Make the user, with a group of its own, or with the one of the same name that is there.
+    """Make the user, with a new group, or with one that has the same name already.
 
     Whether it worked is seen in /etc/passwd.
     """
@@ -1062,7 +1069,7 @@ def authorize_keys(account, keys):
     """Add the keys to the file where sshd looks for the user's, unless they are there."""
     path = find_keys_file(account)
     folder = os.path.dirname(path)
-    if os.path.islink(folder) or os.path.islink(path):  # the user could have made it; this is root
+    if os.path.islink(folder) or os.path.islink(path):  # root must not write where the user says
         raise Failed(f'{folder}: a symlink is in the way')
     make_keys_folder(account, folder)
     owner, mode = account.owner, 0o600
@@ -1080,7 +1087,7 @@ def authorize_keys(account, keys):
 
 
 def find_keys_file(account):
-    """Return the file where sshd looks for the user's keys. Raise Failed if that is no file."""
+    """Return the file where sshd looks for the user's keys. Raise Failed if it looks in none."""
     default = f'{account.home}/.ssh/authorized_keys'
     patterns = ['.ssh/authorized_keys']
     for line in ask_sshd(account.name).split('\n'):
@@ -1147,7 +1154,7 @@ def make_home(account):
         owner_of_home = os.stat(home).st_uid
         if owner_of_home == uid:
             return
-        if owner_of_home != 0 or not re.match('/.*/.', home):  # so do / and /usr
+        if owner_of_home != 0 or not re.match('/.*/.', home):  # / and /usr are root's, too
             raise Failed(f'{home}: belongs to another user')
     else:
         make_passable(home)
@@ -1190,7 +1197,7 @@ def join_groups(name):
 def grant_root(name):
     """Let the user become root without a password, with sudo or doas, if one accepts the rule."""
     rule = f'{name} ALL=(ALL:ALL) NOPASSWD:ALL'
-    # With sudo and doas, the last rule that fits counts: the file's name is behind others.
+    # With sudo and doas, the last rule that fits counts. Names that begin with zz come last.
     if run('visudo', '-q', '-c', '-f', '/dev/stdin', input_line=rule):
         write_file('/etc/sudoers.d/zz-azure-provisioning', 0o440, f'{rule}\n'.encode())
         restore_labels('user', '/etc/sudoers.d/zz-azure-provisioning')
@@ -1218,7 +1225,7 @@ def remove_former(path):
 
 
 def check_sudo(name):
-    """Say so if sudo does not give the user all rights: another rule may count, or its file not."""
+    """Say so if sudo does not give the user all rights. Another rule may come last."""
     if settings.dry_run:
         return
     rights = ask('sudo', '-n', '-l', '-U', name)
@@ -1265,7 +1272,7 @@ def request_dvd():
 
 
 def is_utf_8(document):
-    """Whether a document says that it is UTF-8. What is ASCII alone may say what it likes."""
+    """Whether a document says that it is UTF-8. ASCII alone is UTF-8, too, whatever it says."""
     declaration = document.partition(b'?>')[0]
     encoding = re.search(b'encoding *= *["\']([^"\']*)', declaration)
     is_ascii = re.search(b'[^\0-\177]', document) is None
@@ -1280,7 +1287,7 @@ def has_dvd():
 def request_from_both(step, leaf, element, optional):
     """Do the work of request_property: ask IMDS, but not for long, and then look on the DVD.
 
-    Return '' and None if neither has the property. The IMDS of Azure Stack has none of them.
+    The text is '' if neither has the property. The IMDS of Azure Stack has none of them.
     """
     attempts = min(PATIENCE, settings.attempts)
     with contextlib.suppress(Failed):
@@ -1392,7 +1399,7 @@ def includes_drop_ins(lines):
 
 
 def check_sshd(name, yes_or_no):
-    """Raise Failed if sshd says that it does something else for the user.
+    """Raise Failed if sshd says that it does not obey for the user.
 
     Other lines may count more than ours: those of a Match, or in a file that is read before.
     """
@@ -1400,7 +1407,7 @@ def check_sshd(name, yes_or_no):
         return
     lines = ask_sshd(name).split('\n')
     if lines == ['']:
-        complain('password: sshd does not tell what it does')  # without host keys, an old one
+        complain('password: sshd does not tell what it does')  # an old one, without host keys
     elif yes_or_no == 'yes' and 'passwordauthentication no' in lines:
         raise Failed(f'sshd still refuses passwords from {name}')
     elif yes_or_no == 'no' and any(f'{each.lower()} yes' in lines for each in SSHD_KEYWORDS):
@@ -1449,7 +1456,7 @@ def save_decoded(label, path, text):
 
 
 def is_base64(text):
-    """Whether a text is base64 as an encoder writes it: padded, and no bits left over."""
+    """Whether a text is base64 as an encoder writes it: padded, and unused bits are 0."""
     try:
         return base64.b64encode(base64.b64decode(text)) == text.encode(BYTE_ENCODING)
     except ValueError:
@@ -1462,7 +1469,7 @@ def is_base64(text):
 def publish_hostname():
     """Have the DHCP client of the default route's interface tell its server the hostname.
 
-    No other client is asked. This one is asked twice, as nmcli fails now and then.
+    No other client is asked. If this one fails, it is asked again, as nmcli fails now and then.
     """
     interface = find_interface()
     if not interface:
@@ -1511,7 +1518,7 @@ def find_client(interface):
     return ''
 
 
-# That of a dhcpcd for all interfaces. One that was started for a single one takes no hostname.
+# The PID file of a dhcpcd for all interfaces. One that runs for a single one takes no hostname.
 DHCPCD_PID = '/run/dhcpcd/pid'
 
 
@@ -1576,9 +1583,9 @@ def identify(path):
 def run_second_dhclient(interface):
     """Run a second dhclient, as the one that has the interface cannot be asked, and end it.
 
-    Return whether the server has heard it. It has the arguments of the first one, and its identity,
-    for the same address, but not its lease, which it would take for an answer. With /bin/true it
-    changes nothing here.
+    Return whether the server has heard it. The second one has the arguments of the first one, and
+    its identity, so that it gets the same address. It does not have its lease, with which it would
+    ask nobody. With /bin/true as its script it changes nothing here.
     """
     words = find_process('dhclient', interface).split(' ')[2:]
     if not words:  # it has ended
@@ -1589,7 +1596,7 @@ def run_second_dhclient(interface):
         return False
     identity = ask('sed', '-n', '/^default-duid /p', leases)
     second = f'{leases}.second'
-    words = [word for word in words if word not in ('-d', '-nw')]  # it is to wait, and to end
+    words = [word for word in words if word not in ('-d', '-nw')]  # so that it waits for an answer
     words += ['-q', '-sf', '/bin/true', '-pf', f'{second}.pid', '-lf', second]
     told = False
     with contextlib.suppress(Failed):  # the step fails all the same

@@ -76,14 +76,14 @@ quick_looks=1200 # at the routes, ten in a second, until one in a second is enou
 
 CONNECT_LIMIT=3   # seconds of the timeout, at most, to connect
 BODY_LIMIT=65536  # bytes of a reply's body
-ENOUGH_ABSENCES=5 # IMDS has to say so often that it has no such value
+ENOUGH_ABSENCES=5 # IMDS has to say this many times that it has no such value
 NEWLINE='
 '
 CARRIAGE_RETURN=$(printf '\r')
 SPACE=$(printf ' \t\n\r') # the characters that are white space in XML
 BYTE_ORDER_MARK=$(printf '\357\273\277')
 
-# This character takes the place of a text that must not be used. No value with it is valid.
+# This character stands for a text that must not be used. No value with it is valid.
 INVALID=$(printf '\001')
 
 # ---- Messages and failures ---------------------------------------------------------------------
@@ -299,8 +299,8 @@ say_done() {
 }
 
 # write_file FILE MODE OWNER COMMAND [ARGUMENT]...: replace a file, or make a new one, by what the
-# command prints. Even after a power cut it is the old one or the new one. MODE: '' keeps mode and
-# owner of the file that is there. OWNER: UID:GID, or '': the new file is root's. Can fail.
+# command prints. After a power cut it is the old one or the new one. MODE: '' keeps mode and
+# owner of the old file. OWNER: UID:GID, or '': the new file is root's. Can fail.
 write_file() {
     local file="$1" mode="$2" owner="$3" wait
     shift 3
@@ -344,12 +344,13 @@ replace_file() {
     sync_path "${file%/*}"
 }
 
-# copy_attributes: give the new file the mode and the owner of the $file that is there
+# copy_attributes: give the new file the mode and the owner of the $file. cp also copies what is in
+# it, so that the new content is written once more.
 copy_attributes() {
     local content
     content=$(
         cat "$file.new" || exit 1
-        echo . # saves the line feeds at the end
+        echo . # keeps the line feeds at the end
     ) || return 1
     cp -p "$file" "$file.new" || return 1
     printf %s "${content%.}" >"$file.new"
@@ -499,10 +500,10 @@ take_reply() {
 # retry STEP ATTEMPTS required|optional COMMAND [ARGUMENT]...: call the command until it does not
 # fail. Can fail, after all attempts, or if the command has set $hopeless.
 #
-# The wait after the first attempt is 1 second, then 2, 3 and so on, up to INTERVAL. optional: IMDS
-# may say (404, 400) that it has no such value. While it starts, it also says so of values that it
-# has. Believe it after ENOUGH_ABSENCES attempts that ended so, in a row or not, or if all did, and
-# set $value to ''. An empty reply is no such answer.
+# The wait after the first attempt is 1 second, then 2, 3 and so on, up to INTERVAL.
+# optional: IMDS may have no such value. It then replies 404 or 400; but while it starts, it also
+# does so for values that it has. Sets $value to '' after ENOUGH_ABSENCES such replies, whatever
+# came in between. With fewer attempts than that, all of them must have ended so.
 retry() {
     local step="$1" attempts="$2" kind="$3" attempt=0 absences=0 enough=$ENOUGH_ABSENCES
     local last_reason='' routes_before question=''
@@ -667,7 +668,7 @@ take_goal_state() {
 read_xml() {
     local root="$1" take="$2" path='' text='' root_seen='' markup_end='' before piece IFS='<'
     case $body in
-    *'<') return 1 ;; # for the shell, nothing is not a piece
+    *'<') return 1 ;; # the loop would not see the empty piece behind it
     esac
     before=${body%%<*}
     is_blank "${before#"$BYTE_ORDER_MARK"}" || return 1
@@ -875,8 +876,9 @@ set_kernel_hostname() {
 }
 
 # request_property STEP LEAF required|optional: sets $value to a property that the user gave the VM,
-# squeezed, and $origin to dvd if it comes from there, or to imds. Can fail, or set $value to '', as
-# retry does for the value from IMDS.
+# squeezed, and $origin to dvd if it comes from there, or to imds. With a DVD, asks IMDS, then the
+# DVD, then IMDS again with all attempts. $value is '' if IMDS does not have an optional property.
+# Can fail, after all attempts.
 request_property() {
     if has_dvd && request_from_both "$@"; then # it has the properties, too
         return
@@ -1029,7 +1031,7 @@ create_user() {
     find_account "$name" || return
     if [ -z "$account" ]; then
         add_account "$name" || return
-        if [ -n "$DRY_RUN" ]; then # the account is not there: its home cannot be tried
+        if [ -n "$DRY_RUN" ]; then # there is no account, and so no home to look at
             grant_root "$name"
             return
         fi
@@ -1063,6 +1065,9 @@ is_user_name() {
 
 # request_keys: sets $keys to the user's valid SSH keys, a line each. Fails if there is neither a
 # key nor a password.
+#
+# They come from IMDS. Without a key there, IMDS may say that there is a password. Otherwise the DVD
+# may have one of both. At last IMDS is asked again, and has to have a key now.
 request_keys() {
     request_imds_keys optional || return
     [ -z "$keys" ] || return 0
@@ -1072,14 +1077,15 @@ request_keys() {
     if has_dvd && retry user "$DVD_ATTEMPTS" required request_dvd && find_keys; then
         return
     fi
-    if [ -z "$has_key_text" ]; then # IMDS may not have it yet
+    if [ -z "$has_key_text" ]; then # IMDS may not have the keys yet
         request_imds_keys required || keys=''
     fi
     [ -n "$keys" ] || fail "$NO_LOGIN"
 }
 
 # request_imds_keys required|optional: sets $keys to the valid SSH keys of IMDS, and $has_key_text
-# if it has any text as a key; can fail. optional: there may be no keys, and empty ones.
+# if it has any text as a key; can fail. optional: no key and an empty key are
+# accepted.
 request_imds_keys() {
     local names name number=0 request=request_text IFS=' '
     keys=''
@@ -1117,8 +1123,8 @@ find_keys() {
     esac
 }
 
-# take_keys NUMBER TEXT: add the valid SSH keys in the value of a number to $keys; say of each
-# whether it is one
+# take_keys NUMBER TEXT: add the valid SSH keys in the text of a number to $keys; say of each
+# key whether it is valid
 take_keys() {
     local key IFS="$NEWLINE"
     split_keys "$2"
@@ -1135,8 +1141,8 @@ take_keys() {
 
 # split_keys TEXT: sets $value to the keys in a text, a line each.
 #
-# Azure may break a key into lines, and a user may give several keys. Another one begins in a line
-# that has its type in front, or behind options.
+# Azure may break a key into lines, and a user may give several keys. A line begins
+# another key if it begins with a type, or with options and a type.
 split_keys() {
     local each split='' IFS="$CARRIAGE_RETURN$NEWLINE"
     for each in $1; do
@@ -1237,8 +1243,8 @@ find_line() {
     done
 }
 
-# add_account NAME: make the user, with a group of its own, or with the one of the same name that is
-# there; can fail. Whether it worked is seen in /etc/passwd.
+# add_account NAME: make the user, with a new group, or with one that has the same name already;
+# can fail. Whether it worked is seen in /etc/passwd.
 add_account() {
     local shell=/bin/sh group=''
     if [ -x /bin/bash ]; then
@@ -1292,7 +1298,7 @@ authorize_keys() {
     find_keys_file || return
     path=$value
     folder=${path%/*}
-    if [ -L "$folder" ] || [ -L "$path" ]; then # the user could have made it; this is root
+    if [ -L "$folder" ] || [ -L "$path" ]; then # root must not write where the user says
         fail "$folder: a symlink is in the way" || return
     fi
     make_keys_folder || return
@@ -1316,7 +1322,7 @@ authorize_keys() {
 }
 
 # find_keys_file: sets $value to the file where sshd looks for the keys of the $account. Fails if
-# that is no file.
+# it looks in none.
 find_keys_file() {
     local default="$home/.ssh/authorized_keys" patterns='.ssh/authorized_keys' each first=''
     local IFS="$NEWLINE"
@@ -1409,7 +1415,7 @@ make_home() {
         fi
         case $owner_of_home:$home in
         0:/*/?*) ;;
-        *) fail "$home: belongs to another user" || return ;; # so do / and /usr
+        *) fail "$home: belongs to another user" || return ;; # / and /usr are root's, too
         esac
     else
         make_passable "$home" || return
@@ -1469,7 +1475,7 @@ join_groups() {
 # the rule; can fail
 grant_root() {
     local rule="$1 ALL=(ALL:ALL) NOPASSWD:ALL" path=/etc/doas.conf mode=440 rules
-    # With sudo and doas, the last rule that fits counts: the file's name is behind others.
+    # With sudo and doas, the last rule that fits counts. Names that begin with zz come last.
     if say "$rule" | run visudo -q -c -f /dev/stdin; then
         write_file /etc/sudoers.d/zz-azure-provisioning 440 '' printf '%s\n' "$rule" || return
         restore_labels user /etc/sudoers.d/zz-azure-provisioning
@@ -1504,8 +1510,7 @@ remove_former() {
     fi
 }
 
-# check_sudo NAME: say so if sudo does not give the user all rights: another rule may count, or its
-# file not
+# check_sudo NAME: say so if sudo does not give the user all rights. Another rule may come last.
 check_sudo() {
     if [ -n "$DRY_RUN" ]; then
         return
@@ -1560,7 +1565,8 @@ request_dvd() {
     custom_data=${custom_data-}
 }
 
-# is_utf_8: whether the $body says that it is UTF-8. What is ASCII alone may say what it likes.
+# is_utf_8: whether the $body says that it is UTF-8. ASCII alone is UTF-8, too,
+# whatever it says.
 is_utf_8() {
     case $body in
     *[!$ASCII]*) ;;
@@ -1776,7 +1782,7 @@ drop_first_lines() {
     done
 }
 
-# check_sshd NAME yes|no: fails if sshd says that it does something else for the user.
+# check_sshd NAME yes|no: fails if sshd says that it does not obey for the user.
 #
 # Other lines may count more than ours: those of a Match, or in a file that is read before.
 check_sshd() {
@@ -1785,7 +1791,7 @@ check_sshd() {
     fi
     ask_sshd "$1"
     if [ -z "$value" ]; then
-        complain 'password: sshd does not tell what it does' # without host keys, an old one
+        complain 'password: sshd does not tell what it does' # an old one, without host keys
         return
     fi
     case $2$NEWLINE$value$NEWLINE in
@@ -1844,7 +1850,8 @@ save_decoded() {
     fi
 }
 
-# is_base64 TEXT: whether it is base64 as an encoder writes it: padded, and no bits left over
+# is_base64 TEXT: whether it is base64 as an encoder writes it: padded, and unused bits are
+# 0
 is_base64() {
     case $1 in
     *[!A-Za-z0-9+/=]* | *=[!=]* | *===*) return 1 ;;
@@ -1861,8 +1868,8 @@ decode_base64() {
 # ---- Step publish ------------------------------------------------------------------------------
 
 # publish_hostname: have the DHCP client of the default route's interface tell its server the
-# hostname; can fail. No other client is asked. This one is asked twice, as nmcli fails now and
-# then.
+# hostname; can fail. No other client is asked. If this one fails, it is asked again, as nmcli fails
+# now and then.
 publish_hostname() {
     local interface client name
     find_interface
@@ -1921,7 +1928,7 @@ find_client() {
     client=''
 }
 
-# That of a dhcpcd for all interfaces. One that was started for a single one takes no hostname.
+# The PID file of a dhcpcd for all interfaces. One that runs for a single one takes no hostname.
 DHCPCD_PID=/run/dhcpcd/pid
 
 # dhcpcd_lease: sets $value to the path of dhcpcd's lease for $interface, which stays there when
@@ -1997,11 +2004,11 @@ identify() {
 }
 
 # run_second_dhclient: run a second dhclient, as the one that has $interface cannot be asked, and
-# end it; returns whether the server has heard it. It has the arguments of the first one, and its
-# identity, for the same address, but not its lease, which it would take for an answer. With
-# /bin/true it changes nothing here.
+# end it; returns whether the server has heard it. The second one has the arguments of the first
+# one, and its identity, so that it gets the same address. It does not have its lease, with which it
+# would ask nobody. With /bin/true as its script it changes nothing here.
 run_second_dhclient() {
-    local IFS=' ' words leases second word told=''
+    local IFS=' ' words leases identity second word told=''
     find_process dhclient
     [ -n "$value" ] || return # it has ended
     words=${value#* }
@@ -2011,17 +2018,18 @@ run_second_dhclient() {
     find_value -cf "$words"
     ask grep -x 'send host-name = gethostname();' "${value:-/etc/dhcp/dhclient.conf}"
     [ -n "$value" ] || return
-    ask sed -n '/^default-duid /p' "$leases" # sets $value, for write_file
+    ask sed -n '/^default-duid /p' "$leases"
+    identity=$value
     second=$leases.second
     set --
     for word in $words; do
         case $word in
-        -d | -nw) ;; # it is to wait, and to end
+        -d | -nw) ;; # so that it waits for an answer
         *) set -- "$@" "$word" ;;
         esac
     done
     set -- "$@" -q -sf /bin/true -pf "$second.pid" -lf "$second"
-    if write_file "$second" 600 '' printf '%s\n' "$value" &&
+    if write_file "$second" 600 '' printf '%s\n' "$identity" &&
         run dhclient "$@" -1 && run dhclient "$@" -x; then
         told=yes
     fi

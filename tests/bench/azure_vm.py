@@ -236,11 +236,7 @@ class VM(Machine):
 
     def systemd(self):
         """The pid of systemd, once it runs; its control group is then known, too."""
-        try:
-            below = children(self.process.pid)
-        except FileNotFoundError:  # one has just ended
-            return None
-        for pid in below:
+        for pid in children(self.process.pid):
             if read('/proc/%d/comm' % pid) == 'systemd\n':
                 self.place = re.search('(?m)^0::(/[^/\n]+)', read('/proc/%d/cgroup' % pid)).group(1)
                 return pid

@@ -79,9 +79,12 @@ def leads_out(url):
 
 
 def children(pid):
-    """The processes below a process."""
-    with open('/proc/%d/task/%d/children' % (pid, pid)) as found:
-        pids = [int(each) for each in found.read().split()]
+    """The processes below a process; none if it has just ended."""
+    try:
+        with open('/proc/%d/task/%d/children' % (pid, pid)) as found:
+            pids = [int(each) for each in found.read().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
     return pids + [each for child in pids for each in children(child)]
 
 

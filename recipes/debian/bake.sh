@@ -23,6 +23,7 @@ main() {
         userdel -f -r "$1" 2>/dev/null || : # -f: even though it is logged in, which is an error
         ! id "$1" >/dev/null 2>&1 || fail "cannot remove $1"
     fi
+    rm -f /etc/passwd- /etc/shadow- /etc/group- /etc/gshadow- # they still have the account
     echo 'bake.sh: done. Do not start this system again, and do not run apt autoremove in it.'
 }
 

@@ -38,7 +38,8 @@ rm -f /etc/ssh/ssh_host_*_key* /etc/dropbear/dropbear_*_host_key /etc/machine-id
 rm -rf /var/lib/azure-provisioning /var/lib/seedrng
 rm -f /root/.ssh/authorized_keys /root/.ash_history
 find /var/log -type f -exec rm {} +
-if [ -n "${1-}" ]; then
+if [ -n "${1-}" ] && grep -q "^$1:" /etc/passwd; then
     deluser --remove-home "$1"
 fi
+rm -f /etc/passwd- /etc/shadow- /etc/group- # they still have the account
 echo 'bake.sh: done. Do not start this system again before it is an image.'

@@ -369,6 +369,7 @@ def openrc_image():
     image.write('etc/init.d/networking', '#!/sbin/openrc-run\nstart() { :; }\n', 0o755)
     image.write('usr/local/bin/deluser', '#!/bin/sh\necho "$*" >>/removed\n', 0o755)
     image.write('root/.ssh/authorized_keys', 'ssh-ed25519 AAAA builder\n', 0o600)
+    image.run('echo builder:x:1000:1000::/home/builder:/bin/sh >>/etc/passwd; : >/etc/shadow-')
     image.write('etc/dropbear/dropbear_ed25519_host_key', 'of the base VM')
     image.write('var/log/old.log', '')
     shutil.copy(str(RECIPES / 'openrc/bake.sh'), str(image.files))
@@ -381,7 +382,7 @@ def openrc_image():
     )
     removed = 'del cloud-init tiny-cloud-azure\n--remove-home builder\n'
     assert image.run('cat /removed') == removed
-    left = image.run('ls /root/.ssh/authorized_keys /etc/dropbear/* 2>/dev/null || :')
+    left = image.run('ls /root/.ssh/authorized_keys /etc/dropbear/* /etc/*- 2>/dev/null || :')
     assert left == '', left
     interfaces = image.run('cat /etc/network/interfaces')
     # ifupdown-ng, which is Alpine's, reads one name after each auto.

@@ -98,9 +98,10 @@ complain() {
     say "$@" >&2
 }
 
-# fail REASON: sets $reason; returns 1
+# fail REASON: sets $reason, which is that of no attempt; returns 1
 fail() {
     reason=$1
+    last_attempt=''
     return 1
 }
 
@@ -537,11 +538,12 @@ retry() {
         fi
         wait_for $((attempt < INTERVAL ? attempt : INTERVAL)) "$routes_before"
     done
-    last_attempt=": $reason"
     if [ -n "$no_reply" ] && [ -z "$has_reply" ]; then
         question='; is this a VM on Azure?'
     fi
     fail "gave up after $attempt attempts$question"
+    last_attempt=": $last_reason"
+    return 1
 }
 
 # is_power_of_two NUMBER: whether it is 1, 2, 4, 8 or the like: the same failure is not said more

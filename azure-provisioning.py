@@ -81,12 +81,12 @@ settings = types.SimpleNamespace(
 # What changes during a run.
 progress = types.SimpleNamespace(
     has_reply=False,  # whether any server has answered so far
-    quick_looks=1200,  # at the routes, ten in a second, until one in a second is enough
+    quick_looks_left=1200,  # at the routes, ten in a second; when none is left, one in a second
 )
 
 CONNECT_LIMIT = 3  # seconds of the timeout, at most, to connect
 BODY_LIMIT = 65536  # bytes of a reply's body
-ENOUGH_ABSENCES = 5  # IMDS has to say this many times that it has no such value
+ABSENT_AFTER = 5  # replies of IMDS that it has no such value
 SPACE = ' \t\n\r'  # the characters that are white space in XML
 ACCOUNT_NAME = '[A-Za-z_][A-Za-z0-9._-]{0,31}'  # of a user or a group
 
@@ -119,18 +119,14 @@ def print_lines(stream, lines):
 class Failed(Exception):
     """A step, or an attempt at a request, failed. The text is the reason, for a line on stderr.
 
-    status: the HTTP status of the reply, if that is the reason.
+    status: the HTTP status of the reply, if that is the reason; otherwise 0.
     no_reply: whether the server did not answer.
-    absent: whether IMDS said that it has no such value.
-    last_attempt: why the last attempt failed; NotReady adds it to the reason.
     """
 
-    def __init__(self, reason, status=0, no_reply=False, absent=False, last_attempt=''):
+    def __init__(self, reason, status=0, no_reply=False):
         super().__init__(reason)
         self.status = status
         self.no_reply = no_reply
-        self.absent = absent
-        self.last_attempt = last_attempt
 
 
 def end_program(status):
@@ -238,13 +234,13 @@ def run_steps(steps):
         except Failed as failure:
             complain(f'{step}: {failure}')
             if 'ready' in steps and 'ready' not in tried:
-                report_not_ready(f'{step}: {failure}{failure.last_attempt}')
+                report_not_ready(f'{step}: {failure}')
             return 1
     return 0
 
 
 def run_step(step):
-    """Run a step. Raise Failed, and nothing else, if it fails."""
+    """Do a step. Whatever goes wrong in it, raise Failed."""
     try:
         find_step(step)()
     except Failed:
@@ -268,7 +264,7 @@ def run(*command, input_line=None):
     A dry run prints the command instead. The input line goes to its stdin, as it may be secret.
     """
     if not settings.dry_run:
-        return run_always(*command, input_line=input_line)
+        return run_for_real(*command, input_line=input_line)
     if not has_command(command[0]):
         return False
     say(f'Would run: {" ".join(command)}')
@@ -285,8 +281,8 @@ def run_twice(*command):
     return run(*command)
 
 
-def run_always(*command, input_line=None):
-    """Run a command, in a dry run, too. run does its work with it."""
+def run_for_real(*command, input_line=None):
+    """Do the work of run. A dry run calls it only for what it has to undo: it mounts the DVD."""
     given = None if input_line is None else f'{input_line}\n'.encode(BYTE_ENCODING)
     try:
         return subprocess.run(command, input=given).returncode == 0
@@ -295,9 +291,9 @@ def run_always(*command, input_line=None):
 
 
 def ask(*command):
-    """Return what a command prints, without line feeds at the end; '' if it fails.
+    """Run a command that only tells something. Return what it prints, '' if it fails.
 
-    It changes nothing.
+    The text has no line feeds at its end.
     """
     try:
         done = subprocess.run(
@@ -326,13 +322,14 @@ def write_file(path, mode, content, owner=None):
     if settings.dry_run:
         say(f'Would write {path}')
         return
-    for wait in (1, 1, 0):
+    for attempt in (1, 2, 3):
         with contextlib.suppress(OSError):
-            if wait == 0:
+            if attempt == 3:  # nobody is writing this one any more
                 remove_file(f'{path}.new')
             replace_file(path, mode, content, owner)
             return
-        time.sleep(wait)  # another copy of this program may be writing the same file
+        if attempt < 3:  # another copy of this program may be writing the same file
+            time.sleep(1)
     with contextlib.suppress(OSError):
         remove_file(f'{path}.new')
     raise Failed(f'cannot write {path}')
@@ -379,20 +376,23 @@ def remove_file(path):
 def exchange(label, url, headers, data=None, limit=BODY_LIMIT):
     """Send a POST with the data, or a GET without data; return the reply's status and body.
 
-    Good is status 200, and for a POST any 2xx. The limit is that of the body, in bytes.
-    Raise Failed, with the label and the reason, also if it takes longer than settings.timeout.
+    limit: of the body, in bytes.
+    Good is status 200, and for a POST any 2xx. Otherwise, or if it takes longer than
+    settings.timeout, raise Failed. The reason is LABEL: HTTP STATUS, or LABEL: PROBLEM with one of
+    'no connection', 'timed out', 'reply too large' and 'broken reply'.
     """
-    # The thread sets these. If it is not done in time, the problem remains 'timed out'.
+    # transfer runs in a thread, so that there is one time limit for all of it. A socket's own limit
+    # starts again with each byte, and the lookup of a host name has none.
     reply = types.SimpleNamespace(status=0, body=b'', problem='timed out', socket=None)
-    # A time limit for all of it: a socket's own starts again with each byte, and the lookup of a
-    # host name has none.
     thread = threading.Thread(target=transfer, args=(url, headers, data, limit, reply), daemon=True)
     thread.start()
     thread.join(settings.timeout)
-    problem, status, body = reply.problem, reply.status, reply.body  # the thread may still run
+    # If the thread still runs, the problem is 'timed out', and what it sets from now on is lost.
+    problem, status, body = reply.problem, reply.status, reply.body
     hang_up(reply.socket)
     no_reply = status == 0 and problem in ('no connection', 'timed out')
-    progress.has_reply = progress.has_reply or not no_reply
+    if not no_reply:
+        progress.has_reply = True
     is_good = status == 200 or (data is not None and 200 <= status < 300)
     if status != 0 and not is_good:  # a bad status says more than what went wrong after it
         raise Failed(f'{label}: HTTP {status}', status)
@@ -411,7 +411,8 @@ def hang_up(connected_socket):
 def transfer(url, headers, data, limit, reply):
     """Do the work of exchange with http.client, which uses no proxy and follows no redirect.
 
-    Set reply.socket, status and body when they are known, and problem, '' if there is none.
+    Set these of the reply: socket and status as soon as there is one, then body, and problem at the
+    end, to '' if there is none.
     """
     _, _, host_and_port, path = url.split('/', 3)  # http://HOST:PORT/PATH
     all_headers = {
@@ -436,7 +437,7 @@ def transfer(url, headers, data, limit, reply):
             reply.problem = read_body(response, limit, reply)
     except socket.timeout:
         reply.problem = 'timed out'
-    except (OSError, OverflowError, UnicodeError):  # no connection, no such port, no such name
+    except (OSError, OverflowError, UnicodeError):  # of the socket, the port, the host name
         reply.problem = 'broken reply' if reply.status else 'no connection'
     except Exception:  # http.client has several for what is not HTTP
         reply.problem = 'broken reply'
@@ -450,8 +451,7 @@ def read_body(response, limit, reply):
     if any(int(length) > limit for length in lengths):
         return 'reply too large'
     body = response.read(limit + 1)
-    missing = response.length  # of the bytes that were announced
-    if missing:
+    if response.length:  # that many of the announced bytes are missing
         return 'broken reply'
     if len(body) > limit:
         return 'reply too large'
@@ -475,15 +475,15 @@ class StrictResponse(http.client.HTTPResponse):
 
 
 def retry(step, function, *arguments, optional=False, attempts=None):
-    """Call the function until it does not raise Failed; return its result. Fail after all attempts.
+    """Call the function until it does not raise Failed; return its result.
 
     The wait after the first attempt is 1 second, then 2, 3 and so on, up to settings.interval.
-    optional: IMDS may have no such value. It then replies 404 or 400; but while it starts, it also
-    does so for values that it has. Return '' after ENOUGH_ABSENCES such replies, whatever came in
-    between. With fewer attempts than that, all of them must have ended so.
+    attempts: None stands for settings.attempts. After all of them, raise Failed.
+    optional: the function requests a value that IMDS may not have. It then replies 404, or 400 if
+    it is too old to know the value. But while IMDS starts, it says 404 to everything. So return ''
+    only after ABSENT_AFTER such replies; if there are fewer attempts, after as many as there are.
     """
     attempts = attempts or settings.attempts
-    enough = min(ENOUGH_ABSENCES, attempts)
     absences = 0
     last_reason = ''
     for attempt in range(1, attempts + 1):
@@ -492,35 +492,35 @@ def retry(step, function, *arguments, optional=False, attempts=None):
             return function(*arguments)
         except Failed as error:
             failure = error
-        if str(failure) != last_reason or is_power_of_two(attempt):
+        if str(failure) != last_reason or is_power_of_two(attempt):  # or the log would fill up
             complain(f'{step}: attempt {attempt} of {attempts}: {failure}')
         last_reason = str(failure)
-        if failure.absent:
+        if optional and failure.status in (400, 404):
             absences += 1
-        if optional and absences >= enough:
-            return ''
+            if absences == min(ABSENT_AFTER, attempts):
+                return ''
         if attempt < attempts:
             wait_for(min(attempt, settings.interval), routes if failure.no_reply else None)
     question = ''
     if failure.no_reply and not progress.has_reply:
         question = '; is this a VM on Azure?'
-    raise Failed(f'gave up after {attempts} attempts{question}', last_attempt=f': {last_reason}')
+    raise Failed(f'gave up after {attempts} attempts: {last_reason}{question}')
 
 
 def is_power_of_two(number):
-    """Whether a number is 1, 2, 4, 8 or the like: the same failure is not said more often."""
+    """Whether a number is 1, 2, 4, 8 or the like."""
     return number & (number - 1) == 0
 
 
 def wait_for(seconds, routes):
-    """Wait. If routes are given, wait only until there are others: the network has come up."""
+    """Wait. If routes are given, stop when the kernel has others: the network has come up."""
     if routes is None:
         time.sleep(seconds)
         return
     end = time.monotonic() + seconds
     while time.monotonic() < end and read_routes() == routes:
-        if progress.quick_looks > 0:
-            progress.quick_looks -= 1
+        if progress.quick_looks_left > 0:
+            progress.quick_looks_left -= 1
             time.sleep(0.1)
         else:
             time.sleep(1)
@@ -545,10 +545,10 @@ def report_ready():
     retry('ready', report_health, 'Ready', '')
 
 
-def report_health(state, details):
-    """Request the goal state, and send a health report for it.
+def report_health(state, details_xml):
+    """Request the goal state, and send a health report for it: one attempt for retry.
 
-    Both belong to one attempt, as the WireServer refuses a report for an old incarnation.
+    The WireServer refuses a report for an old goal state. So each attempt requests a new one.
     """
     incarnation, container_id, instance_id = request_goal_state()
     report = (
@@ -558,7 +558,7 @@ def report_health(state, details):
         f'<ContainerId>{container_id}</ContainerId>'
         '<RoleInstanceList><Role>'
         f'<InstanceId>{instance_id}</InstanceId>'
-        f'<Health><State>{state}</State>{details}</Health>'
+        f'<Health><State>{state}</State>{details_xml}</Health>'
         '</Role></RoleInstanceList>'
         '</Container>'
         '</Health>'
@@ -580,9 +580,9 @@ def request_goal_state():
     root = read_xml('GoalState', body)
     if root is None:
         raise Failed('goal state: not a goal state')
-    incarnation = squeeze(find_text(root, 'Incarnation'))
-    container_id = squeeze(find_text(root, 'Container/ContainerId'))
-    instance_id = squeeze(find_text(root, 'Container/RoleInstanceList/RoleInstance/InstanceId'))
+    incarnation = find_squeezed(root, 'Incarnation')
+    container_id = find_squeezed(root, 'Container/ContainerId')
+    instance_id = find_squeezed(root, 'Container/RoleInstanceList/RoleInstance/InstanceId')
     if not is_number(incarnation):
         raise Failed('goal state: no Incarnation')
     if not is_id(container_id):
@@ -606,12 +606,12 @@ def read_xml(root_name, document):
     except (ElementTree.ParseError, ValueError):
         return None
     for element in root.iter():
-        element.tag = element.tag.split('}')[-1]  # NAME, which may stand behind {NAMESPACE}
+        element.tag = element.tag.split('}')[-1]  # {NAMESPACE}NAME becomes NAME
     return root if root.tag == root_name else None
 
 
 def find_text(root, path):
-    """Return the text of the first element at a path, '' if there is none."""
+    """Return the text of the first element at a path below the root, '' if there is none."""
     element = root.find(path)
     return '' if element is None else text_of(element)
 
@@ -623,13 +623,18 @@ def text_of(element):
     return element.text or ''
 
 
+def find_squeezed(root, path):
+    """Return the text that find_text finds, squeezed."""
+    return squeeze(find_text(root, path))
+
+
 def squeeze(text):
     """Return a text without white space at its ends, and with one space for each run of it."""
     return ' '.join(split_words(text))
 
 
 def split_words(text):
-    """Return the words of a text. str.split would also split at other characters than SPACE."""
+    """Return the words of a text, between SPACE. str.split splits at other characters, too."""
     return re.findall(f'[^{SPACE}]+', text)
 
 
@@ -647,9 +652,9 @@ def is_id(text):
 
 
 def set_hostname():
-    """Set the hostname that the user chose, or the resource name if IMDS says there is none.
+    """Set the hostname that the user chose, or the VM's name in Azure if IMDS says there is none.
 
-    An empty reply does not say so. It is a failed attempt, like any other reply that is no use.
+    An empty reply does not say so. It is a failed attempt, like any other that brings no name.
     """
     say('Retrieving hostname from IMDS')
     name, _ = request_property('hostname', 'osProfile/computerName', 'HostName', optional=True)
@@ -670,37 +675,43 @@ def is_hostname(text):
 
 
 def store_hostname(name):
-    """Set the hostname without systemd: until the next boot in the kernel, and in a file."""
-    problems = ['hostnamectl failed'] if has_command('hostnamectl') else []
-    is_set = is_stored = False
-    try:
-        set_kernel_hostname(name)
-        is_set = True
-    except OSError:
-        problems.append("cannot set the kernel's hostname")
+    """Set the hostname without systemd: in the kernel for this boot, in a file for later ones."""
+    problems = ''
+    until = ''
+    if has_command('hostnamectl'):
+        problems = 'hostnamectl failed; '
+    if set_kernel_hostname(name):
+        until = f', so {name} lasts until the next boot'
+    else:
+        problems += "cannot set the kernel's hostname; "
     try:
         write_file('/etc/hostname', 0o644, f'{name}\n'.encode())
-        is_stored = True
     except Failed as failure:
-        until = f', so {name} lasts until the next boot' if is_set else ''
-        problems.append(f'{failure}{until}')
-    if not is_set or not is_stored:
-        raise Failed('; '.join(problems))
+        raise Failed(f'{problems}{failure}{until}') from failure
+    if not until:
+        raise Failed(problems[: -len('; ')])
 
 
 def set_kernel_hostname(name):
-    """Set the kernel's hostname. Raise OSError if that is not possible."""
-    if not settings.dry_run:
+    """Set the kernel's hostname; return whether that worked."""
+    if settings.dry_run:
+        return True
+    try:
         socket.sethostname(name)
+    except OSError:
+        return False
+    return True
 
 
 def request_property(step, leaf, element, optional=False):
-    """Return a property that the user gave the VM, squeezed, and the DVD if it comes from there.
+    """Return a property that the user gave the VM, squeezed; and the DVD if it comes from there.
 
-    With a DVD, ask IMDS, then the DVD, then IMDS again with all attempts. The text is '' if IMDS
-    does not have an optional property. Raise Failed after all attempts.
+    IMDS has it, as the leaf; but that of Azure Stack has nothing. The DVD has it, as the element.
+    1. If there is a drive: ask IMDS for some minutes, and then look on the DVD.
+    2. Ask IMDS, with all attempts.
+    The text is '' if IMDS does not have an optional property. Raise Failed after all attempts.
     """
-    if has_dvd():  # it has the properties, too
+    if has_dvd():
         text, dvd = request_from_both(step, leaf, element, optional)
         if text:
             return text, dvd
@@ -716,18 +727,13 @@ def request_text(leaf):
 
 
 def request_leaf(leaf, limit=BODY_LIMIT):
-    """Return a value from IMDS, which may be empty. A leaf is a value's path below "compute".
+    """Return a value from IMDS, which may be empty. Raise Failed if it cannot be had.
 
-    Raise Failed if it cannot be had. It is absent if the status is 404, or 400: an IMDS that is
-    too old to know a value says so.
+    leaf: the path of the value below "compute".
     """
     version = find_version(leaf)
     url = f'{settings.imds}/metadata/instance/compute/{leaf}?api-version={version}&format=text'
-    try:
-        _, body = exchange(label_of(leaf), url, {'Metadata': 'true'}, limit=limit)
-    except Failed as failure:
-        failure.absent = failure.status in (400, 404)
-        raise
+    _, body = exchange(label_of(leaf), url, {'Metadata': 'true'}, limit=limit)
     return body.decode(BYTE_ENCODING)
 
 
@@ -770,8 +776,9 @@ def sync_all():
 
 
 # ================================================================================================
-# The default run ends here. What follows runs only if another step is named; and the section about
-# the DVD, if there is a drive and IMDS does not have the hostname.
+# The default run ends here. What follows runs only if another step is named. The one exception is
+# the section about the DVD: the step hostname looks there if IMDS has no hostname, and a drive is
+# there. In the unit of the default run there is none.
 # ================================================================================================
 
 
@@ -843,7 +850,7 @@ def read_file(path):
 # ---- Step user: the account, its SSH keys, sudo or doas ----------------------------------------
 
 
-# How the public keys of OpenSSH begin: the type of key, and how that type is written in base64.
+# How public keys of OpenSSH begin: with the type of key, and the beginning of that in base64.
 KEY_BEGINNINGS = (
     'ssh-rsa AAAAB3Nz',
     'ssh-ed25519 AAAAC3Nz',
@@ -854,8 +861,7 @@ KEY_BEGINNINGS = (
     'sk-ecdsa-sha2-nistp256@openssh.com AAAAInNr',
 )
 
-
-NO_LOGIN = 'no valid SSH key, and no password'
+NO_LOGIN_REASON = 'no valid SSH key, and no password'
 
 
 def create_user():
@@ -895,44 +901,44 @@ def is_user_name(text):
 
 
 def request_keys():
-    """Return the user's valid SSH keys. Raise Failed if there is neither a key nor a password.
-
-    They come from IMDS. Without a key there, IMDS may say that there is a password. Otherwise the
-    DVD may have one of both. At last IMDS is asked again, and has to have a key now.
-    """
-    keys, has_text = request_imds_keys(optional=True)
+    """Return the user's valid SSH keys. Raise Failed if there is neither a key nor a password."""
+    # 1. IMDS has the keys.
+    keys, has_key_text = request_imds_keys(optional=True)
     if keys:
         return keys
+    # 2. IMDS says that there is a password: then no key is needed.
     leaf = 'osProfile/disablePasswordAuthentication'
     if retry('user', request_text, leaf, optional=True) == 'false':
         return []
+    # 3. The DVD has the keys, or says that there is a password.
     if has_dvd():
         with contextlib.suppress(Failed):
             return find_keys(retry('user', request_dvd, attempts=DVD_ATTEMPTS))
-    if not has_text:  # IMDS may not have the keys yet
+    # 4. IMDS, while it starts, may have had no keys yet. It is asked again, and must have one now.
+    if not has_key_text:
         with contextlib.suppress(Failed):
             keys, _ = request_imds_keys(optional=False)
     if not keys:
-        raise Failed(NO_LOGIN)
+        raise Failed(NO_LOGIN_REASON)
     return keys
 
 
 def request_imds_keys(optional):
-    """Return the valid SSH keys of IMDS, and whether it has any text as a key.
+    """Return the valid SSH keys of IMDS, and whether it has any text as a key, valid or not.
 
-    optional: no key and an empty key are accepted.
+    optional: IMDS may have no keys, and empty ones. Otherwise both are failed attempts.
     """
     request = request_leaf if optional else request_text
     names = split_words(retry('user', request, 'publicKeys', optional=optional))
     keys = []
-    has_text = False
+    has_key_text = False
     for number, name in enumerate(names):  # 0/ 1/ 2/ and so on
         if name not in (f'{number}/', str(number)) or number > 99:
             raise Failed('publicKeys: no valid list')
         text = retry('user', request, f'publicKeys/{number}/keyData', optional=optional)
-        has_text = has_text or text != ''
-        keys += take_keys(number, text)
-    return keys, has_text
+        has_key_text = has_key_text or text != ''
+        keys += pick_keys(number, text)
+    return keys, has_key_text
 
 
 def find_keys(dvd):
@@ -941,15 +947,15 @@ def find_keys(dvd):
     elements = dvd.findall(f'{OVF_PATH}/SSH/PublicKeys/PublicKey/Value')
     for number, element in enumerate(elements):
         text = text_of(element).encode().decode(BYTE_ENCODING)
-        keys += take_keys(number, text)
-    no_passwords = squeeze(find_text(dvd, f'{OVF_PATH}/DisableSshPasswordAuthentication')).lower()
+        keys += pick_keys(number, text)
+    no_passwords = find_squeezed(dvd, f'{OVF_PATH}/DisableSshPasswordAuthentication').lower()
     if not keys and no_passwords != 'false':
-        raise Failed(NO_LOGIN)
+        raise Failed(NO_LOGIN_REASON)
     return keys
 
 
-def take_keys(number, text):
-    """Return the valid SSH keys in the text of a number; say of each key whether it is valid."""
+def pick_keys(number, text):
+    """Return the valid SSH keys in the text with this number; say of each key if it is valid."""
     keys = []
     for key in split_keys(text):
         if is_ssh_key(key):
@@ -961,17 +967,18 @@ def take_keys(number, text):
 
 
 def split_keys(text):
-    """Return the keys in a text, at least one.
+    """Return the keys in a text, at least one, which may be ''.
 
-    Azure may break a key into lines, and a user may give several keys. A line begins
-    another key if it begins with a type, or with options and a type.
+    Azure may break a key into lines, and a user may give several keys. So a line is a part of the
+    key before it, unless it begins with a type, or with options and a type:
+        ssh-rsa AAAA…
+        no-pty ssh-rsa AAAA…
     """
     keys = []
     for line in re.split('[\r\n]', text):
-        begins = re.search('^(ssh|ecdsa|sk)-| (ssh|ecdsa|sk)-.* AAAA', squeeze(line))
         if not squeeze(line):
             continue
-        if begins or not keys:
+        if not keys or re.search('^(ssh|ecdsa|sk)-| (ssh|ecdsa|sk)-.* AAAA', squeeze(line)):
             keys.append('')
         keys[-1] += line
     return [squeeze(key) for key in keys] or ['']
@@ -993,14 +1000,15 @@ def is_ssh_key(text):
 
 def has_control_character(text):
     """Whether a text has a control character in it."""
-    return re.search('[\0-\37\177]', text) is not None
+    return re.search('[\x00-\x1f\x7f]', text) is not None
 
 
 def find_account(name):
-    """Return a user's account, None if there is none.
+    """Return a user's account, None if there is none. Raise Failed if its line is not valid.
 
-    password_field: that of /etc/shadow; if the user has no line there, that of /etc/passwd.
-    owner: the numbers of the user and of its group. home: the path of its home. shell: the path.
+    password_field: its field in /etc/shadow, or in /etc/passwd if there is no /etc/shadow.
+    owner: the numbers of the user and of its group.
+    home, shell: paths.
     """
     fields = find_fields('/etc/passwd', name)
     if not fields:
@@ -1012,13 +1020,12 @@ def find_account(name):
     if shadow_fields:
         password_field = shadow_fields[1]
     elif os.path.exists('/etc/shadow'):
-        password_field = '!'  # useradd was interrupted: without a line there, nobody can log in
+        password_field = '!'  # useradd was interrupted: without that line, the account is locked
     return types.SimpleNamespace(
         name=name,
         password_field=password_field,
         owner=(int(fields[2]), int(fields[3])),
-        # For paths, Python has the encoding of os.fsdecode.
-        home=os.fsdecode(fields[5].encode(BYTE_ENCODING)),
+        home=os.fsdecode(fields[5].encode(BYTE_ENCODING)),  # paths have Python's own encoding
         shell=os.fsdecode(fields[6].encode(BYTE_ENCODING)),
     )
 
@@ -1027,23 +1034,29 @@ def find_fields(path, name):
     """Return the fields of the first line for a name, in /etc/passwd and its like, or None."""
     for line in read_file(path).split('\n'):
         if line.startswith(f'{name}:'):
-            return f'{line}::::::'.split(':')  # seven at least, though the line may have fewer
+            fields = line.split(':')
+            missing = 7 - len(fields)
+            return fields + [''] * missing
     return None
 
 
 def add_account(name):
-    """Make the user, with a new group, or with one that has the same name already.
+    """Make the user. If there is a group of that name, it is the user's; otherwise one is made.
 
-    Whether it worked is seen in /etc/passwd.
+    The caller looks in /etc/passwd whether it worked.
     """
     shell = '/bin/bash' if os.access('/bin/bash', os.X_OK) else '/bin/sh'
-    has_group = find_fields('/etc/group', name) is not None
-    if not run('useradd', '-m', '-s', shell, *['-g', name] * has_group, name):
-        run('adduser', '-D', '-s', shell, *['-G', name] * has_group, name)  # BusyBox's
+    useradd = ['useradd', '-m', '-s', shell]
+    adduser = ['adduser', '-D', '-s', shell]  # BusyBox's
+    if find_fields('/etc/group', name):
+        useradd += ['-g', name]
+        adduser += ['-G', name]
+    if not run(*useradd, name):
+        run(*adduser, name)
 
 
 def is_system_account(account):
-    """Whether an account is not for people: its number is below UID_MIN of /etc/login.defs."""
+    """Whether an account is not for people: its number is below UID_MIN in /etc/login.defs."""
     least = 1000
     for line in read_file('/etc/login.defs').split('\n'):
         words = line.split()
@@ -1062,19 +1075,22 @@ def unlock_account(account):
         name = account.name
         unlocked = run('chpasswd', '-e', input_line=f'{name}:*')
         if not unlocked and not run('usermod', '-p', '*', name):
-            raise Failed('chpasswd failed')
+            raise Failed(f'neither chpasswd nor usermod unlocked {name}')
 
 
 def authorize_keys(account, keys):
     """Add the keys to the file where sshd looks for the user's, unless they are there."""
     path = find_keys_file(account)
     folder = os.path.dirname(path)
-    if os.path.islink(folder) or os.path.islink(path):  # root must not write where the user says
-        raise Failed(f'{folder}: a symlink is in the way')
+    for each in (folder, path):
+        if os.path.islink(each):  # root must not write where the user says
+            raise Failed(f'{each}: a symlink is in the way')
     make_keys_folder(account, folder)
-    owner, mode = account.owner, 0o600
-    if not is_in_home(account, path):  # the user has to be able to read it
-        owner, mode = None, 0o644
+    owner = account.owner
+    mode = 0o600
+    if not is_in_home(account, path):  # then it is root's, and the user has to be able to read it
+        owner = None
+        mode = 0o644
     text = read_file(path)
     lines = text.split('\n') if text else []
     for key in keys:
@@ -1087,7 +1103,10 @@ def authorize_keys(account, keys):
 
 
 def find_keys_file(account):
-    """Return the file where sshd looks for the user's keys. Raise Failed if it looks in none."""
+    """Return the file where sshd looks for the user's keys. Raise Failed if it looks nowhere.
+
+    It may look in several. The usual one is taken if it is among them, or else the first.
+    """
     default = f'{account.home}/.ssh/authorized_keys'
     patterns = ['.ssh/authorized_keys']
     for line in ask_sshd(account.name).split('\n'):
@@ -1103,12 +1122,12 @@ def find_keys_file(account):
 
 
 def expand_pattern(account, pattern):
-    """Return the path that a word of AuthorizedKeysFile stands for.
+    """Return the path that a word of AuthorizedKeysFile stands for, such as %h/.ssh/keys.
 
     Return '' if it is 'none', or has a '%' that is not known here.
     """
     values = {'%h': account.home, '%u': account.name}
-    parts = re.findall('%.?|[^%]+', pattern)
+    parts = re.findall('%.?|[^%]+', pattern)  # '%' and a letter, or text without a '%'
     if pattern == 'none' or any(part[0] == '%' and part not in values for part in parts):
         return ''
     path = ''.join(values.get(part, part) for part in parts)
@@ -1118,7 +1137,7 @@ def expand_pattern(account, pattern):
 def ask_sshd(name):
     """Return how sshd is configured for a user, lines of 'keyword value'; '' if it does not tell.
 
-    Since 9.3 it has -G, and tells it also without host keys.
+    Without -G, which OpenSSH 9.3 brought, it tells nothing as long as it has no host keys.
     """
     connection = f'user={name},host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22'
     return ask('sshd', '-T', '-G', '-C', connection) or ask('sshd', '-T', '-C', connection)
@@ -1133,14 +1152,14 @@ def make_keys_folder(account, folder):
     """Make the home, and the folder of the keys, with modes that sshd accepts."""
     uid, gid = account.owner
     make_home(account)
-    make_passable(folder)
+    make_public_folder(folder)
     if is_in_home(account, folder):
         part = folder
-        while is_in_home(account, part):
-            must_run(folder, 'chown', '-h', f'{uid}:{gid}', part)
+        while is_in_home(account, part):  # for ~/.ssh/keys: that, and ~/.ssh
+            run_to_make(folder, 'chown', '-h', f'{uid}:{gid}', part)
             part = os.path.dirname(part)
-        must_run(folder, 'chmod', '700', folder)
-        must_run(folder, 'chmod', 'u+rwx,go-w', account.home)
+        run_to_make(folder, 'chmod', '700', folder)
+        run_to_make(folder, 'chmod', 'u+rwx,go-w', account.home)
 
 
 def make_home(account):
@@ -1154,18 +1173,19 @@ def make_home(account):
         owner_of_home = os.stat(home).st_uid
         if owner_of_home == uid:
             return
-        if owner_of_home != 0 or not re.match('/.*/.', home):  # / and /usr are root's, too
+        is_deep = re.match('/.*/.', home)  # not / or /usr, which are root's as they should be
+        if owner_of_home != 0 or not is_deep:
             raise Failed(f'{home}: belongs to another user')
     else:
-        make_passable(home)
+        make_public_folder(home)
     if os.path.isdir('/etc/skel'):
-        must_run(home, 'cp', '-R', '-p', '/etc/skel/.', home)
-    must_run(home, 'chown', '-R', '-h', f'{uid}:{gid}', home)
+        run_to_make(home, 'cp', '-R', '-p', '/etc/skel/.', home)
+    run_to_make(home, 'chown', '-R', '-h', f'{uid}:{gid}', home)
     restore_labels('user', home)
 
 
-def make_passable(folder):
-    """Make a folder, and those above it, through which everybody may pass."""
+def make_public_folder(folder):
+    """Make a folder, and those above it, so that everybody may list and enter them."""
     os.umask(0o022)
     made = run('mkdir', '-p', folder)
     os.umask(0o077)
@@ -1173,14 +1193,14 @@ def make_passable(folder):
         raise Failed(f'cannot make {folder}')
 
 
-def must_run(path, *command):
-    """Run a command that makes a path. Raise Failed if it does not succeed."""
+def run_to_make(path, *command):
+    """Run a command, one of those that make a path as it should be. Raise Failed if it fails."""
     if not run(*command):
         raise Failed(f'cannot make {path}')
 
 
 def restore_labels(step, path):
-    """Give a path, and what is in it, the labels that SELinux has for it, if there is SELinux."""
+    """Give a path, and all in it, the labels that SELinux wants, if there is SELinux."""
     if has_command('restorecon') and not run('restorecon', '-R', path):
         complain(f'{step}: restorecon failed for {path}')
 
@@ -1195,9 +1215,13 @@ def join_groups(name):
 
 
 def grant_root(name):
-    """Let the user become root without a password, with sudo or doas, if one accepts the rule."""
+    """Let the user become root without a password, with sudo or else with doas.
+
+    Each checks a rule before it is written. It is no failure if none accepts one: the user can
+    log in.
+    """
     rule = f'{name} ALL=(ALL:ALL) NOPASSWD:ALL'
-    # With sudo and doas, the last rule that fits counts. Names that begin with zz come last.
+    # With sudo and doas, the last rule that fits counts: that in a file whose name begins with zz.
     if run('visudo', '-q', '-c', '-f', '/dev/stdin', input_line=rule):
         write_file('/etc/sudoers.d/zz-azure-provisioning', 0o440, f'{rule}\n'.encode())
         restore_labels('user', '/etc/sudoers.d/zz-azure-provisioning')
@@ -1215,7 +1239,7 @@ def grant_root(name):
         restore_labels('user', path)
         remove_former('/etc/doas.d/azure-provisioning.conf')
         return
-    complain(f'user: neither sudo nor doas takes a rule for {name}')  # it can log in all the same
+    complain(f'user: neither sudo nor doas takes a rule for {name}')
 
 
 def remove_former(path):
@@ -1225,11 +1249,11 @@ def remove_former(path):
 
 
 def check_sudo(name):
-    """Say so if sudo does not give the user all rights. Another rule may come last."""
+    """Complain if sudo does not give the user all rights: another rule may come behind ours."""
     if settings.dry_run:
         return
     rights = ask('sudo', '-n', '-l', '-U', name)
-    if not rights.endswith('(ALL : ALL) NOPASSWD: ALL'):  # the last rule
+    if not rights.endswith('(ALL : ALL) NOPASSWD: ALL'):  # the last rule is printed last
         complain(f'user: sudo does not say that {name} may do all without a password')
 
 
@@ -1248,19 +1272,19 @@ def add_last_line(text, line):
 DVD_FOLDER = '/run/azure-provisioning/dvd'
 OVF_FILE = f'{DVD_FOLDER}/ovf-env.xml'
 DVD_ATTEMPTS = 30  # the drive, or the medium in it, may come late
-PATIENCE = 60  # attempts at a value of IMDS that is also on the DVD
-DATA_LIMIT = 122880  # bytes, of ovf-env.xml or user data: room for 64 KiB in base64
+ATTEMPTS_BEFORE_DVD = 60  # at a value of IMDS that is also on the DVD: five minutes
+DATA_LIMIT = 122880  # bytes of ovf-env.xml or user data: 64 KiB in base64 have room
 OVF_PATH = 'ProvisioningSection/LinuxProvisioningConfigurationSet'
 
 
 def request_dvd():
-    """Return the root element of ovf-env.xml, which is on a DVD at the first boot."""
+    """Return the root element of ovf-env.xml on the DVD: one attempt for retry."""
     mount_dvd()
     document = b''
     if os.path.isfile(OVF_FILE):
         with contextlib.suppress(OSError), open(OVF_FILE, 'rb') as file:
             document = file.read(DATA_LIMIT + 1)
-    run_always('umount', DVD_FOLDER)  # if it fails, the next mount_dvd finds the DVD mounted
+    run_for_real('umount', DVD_FOLDER)  # if it fails, the next mount_dvd finds the DVD mounted
     if not document:
         raise Failed('ovf-env.xml: cannot be read')
     root = None
@@ -1272,41 +1296,45 @@ def request_dvd():
 
 
 def is_utf_8(document):
-    """Whether a document says that it is UTF-8. ASCII alone is UTF-8, too, whatever it says."""
+    """Whether a document is ASCII alone, or does not say that it has another encoding than UTF-8.
+
+    It would say so at its top: <?xml version="1.0" encoding="UTF-16"?>
+    """
+    if re.search(b'[^\x00-\x7f]', document) is None:
+        return True
     declaration = document.partition(b'?>')[0]
     encoding = re.search(b'encoding *= *["\']([^"\']*)', declaration)
-    is_ascii = re.search(b'[^\0-\177]', document) is None
-    return is_ascii or encoding is None or encoding.group(1).upper() in (b'UTF-8', b'US-ASCII')
+    return encoding is None or encoding.group(1).upper() in (b'UTF-8', b'US-ASCII')
 
 
 def has_dvd():
-    """Whether there is a drive, so that the program can wait for the DVD in it."""
+    """Whether there is a drive. The DVD is in it at the first boot, or comes soon."""
     return os.path.exists('/dev/sr0')
 
 
 def request_from_both(step, leaf, element, optional):
-    """Do the work of request_property: ask IMDS, but not for long, and then look on the DVD.
+    """Do the first part of request_property: ask IMDS for some minutes, then look on the DVD.
 
-    The text is '' if neither has the property. The IMDS of Azure Stack has none of them.
+    The text is '' if neither has the property.
     """
-    attempts = min(PATIENCE, settings.attempts)
+    attempts = min(ATTEMPTS_BEFORE_DVD, settings.attempts)
     with contextlib.suppress(Failed):
         text = retry(step, request_text, leaf, optional=optional, attempts=attempts)
         if text:
             return text, None
     with contextlib.suppress(Failed):
         dvd = retry(step, request_dvd, attempts=DVD_ATTEMPTS)
-        return squeeze(find_text(dvd, f'{OVF_PATH}/{element}')), dvd
+        return find_squeezed(dvd, f'{OVF_PATH}/{element}'), dvd
     return '', None
 
 
 def mount_dvd():
     """Mount the DVD where only root can see it, unless it is mounted: an umount may have failed."""
     mount = ['mount', '-t', 'udf,iso9660', '-o', 'ro,nosuid,nodev,noexec', '/dev/sr0', DVD_FOLDER]
-    run_always('mkdir', '-p', DVD_FOLDER)
+    run_for_real('mkdir', '-p', DVD_FOLDER)
     if os.path.exists(OVF_FILE):
         return
-    if not has_dvd() or not run_always(*mount):
+    if not has_dvd() or not run_for_real(*mount):
         raise Failed('ovf-env.xml: no DVD')
 
 
@@ -1314,9 +1342,9 @@ def mount_dvd():
 
 
 SSHD_CONFIG = '/etc/ssh/sshd_config'
-SSHD_DEFAULT = '/usr/etc/ssh/sshd_config'  # openSUSE's: counts where there is none in /etc
+SSHD_DEFAULT = '/usr/etc/ssh/sshd_config'  # of openSUSE; counts if there is none in /etc
 SSHD_DROP_INS = '/etc/ssh/sshd_config.d/*.conf'
-SSHD_DROP_IN = '/etc/ssh/sshd_config.d/00-azure-provisioning.conf'
+OUR_DROP_IN = '/etc/ssh/sshd_config.d/00-azure-provisioning.conf'
 # The last two are one setting since OpenSSH 8.7. Before, either of them lets in with a password.
 SSHD_KEYWORDS = (
     'PasswordAuthentication',
@@ -1329,18 +1357,18 @@ def set_password():
     """Set the password of the admin user, and have sshd take passwords or not."""
     say('Retrieving password from the DVD')
     root = retry('password', request_dvd, attempts=DVD_ATTEMPTS)
-    name = squeeze(find_text(root, f'{OVF_PATH}/UserName'))
+    name = find_squeezed(root, f'{OVF_PATH}/UserName')
     if not is_user_name(name):
         raise Failed('no valid user name')
     password = find_text(root, f'{OVF_PATH}/UserPassword')
     password = password.encode().decode(BYTE_ENCODING)  # one character for each byte of UTF-8
-    if has_control_character(password) or len(password) > 72:  # as long as Azure allows
+    if has_control_character(password) or len(password) > 72:  # Azure allows no more
         raise Failed('no valid password')
-    is_given = password not in ('', 'REDACTED')  # the latter in a copy that cloud-init makes
+    is_given = password not in ('', 'REDACTED')  # cloud-init's copy of the file has the latter
     if is_given:
         store_password(name, password)
         say_done('Password set')
-    no_passwords = squeeze(find_text(root, f'{OVF_PATH}/DisableSshPasswordAuthentication')).lower()
+    no_passwords = find_squeezed(root, f'{OVF_PATH}/DisableSshPasswordAuthentication').lower()
     if no_passwords == 'true':
         configure_sshd(name, 'no')
     elif no_passwords == 'false' or is_given:
@@ -1350,20 +1378,22 @@ def set_password():
 def store_password(name, password):
     """Set the password of a user. Raise Failed if chpasswd does not; PAM may forbid it."""
     line = f'{name}:{password}'
-    stored = run('chpasswd', input_line=line)
+    if not run('chpasswd', input_line=line):
+        raise Failed('chpasswd failed')
     fields = find_fields('/etc/shadow', name) or find_fields('/etc/passwd', name)
+    if not fields:
+        return
     # BusyBox may make a hash of 13 characters, which uses only eight characters of the password.
-    if stored and fields and len(fields[1]) == 13 and '$' not in fields[1]:
-        stored = run('chpasswd', '-c', 'SHA512', input_line=line)
-    if not stored:
+    is_short = len(fields[1]) == 13 and '$' not in fields[1]
+    if is_short and not run('chpasswd', '-c', 'SHA512', input_line=line):
         raise Failed('chpasswd failed')
 
 
 def configure_sshd(name, yes_or_no):
     """Have sshd take passwords, or not, in all of the ways that it has.
 
-    Of several lines for one setting, sshd takes the first. So ours are in a file that it reads
-    before others, or else at the top.
+    Of several lines for one setting, sshd takes the first. So ours stand in a drop-in that it reads
+    before all else, or at the top of its configuration.
     """
     config = SSHD_CONFIG if os.path.isfile(SSHD_CONFIG) else SSHD_DEFAULT
     if not os.path.isfile(config):
@@ -1373,9 +1403,9 @@ def configure_sshd(name, yes_or_no):
     ours = [f'{keyword} {yes_or_no}' for keyword in SSHD_KEYWORDS]
     lines = read_file(config).split('\n')
     if includes_drop_ins(lines):
-        path = SSHD_DROP_IN
+        path = OUR_DROP_IN
         write_file(path, 0o600, ''.join(f'{line}\n' for line in ours).encode())
-    elif config == SSHD_DEFAULT:  # a file in /etc would take the place of all of it
+    elif config == SSHD_DEFAULT:  # it belongs to the distribution: not to be changed
         raise Failed(f'{SSHD_DEFAULT}: no Include {SSHD_DROP_INS} at the top')
     else:
         while lines and lines[0].split(' ')[0] in SSHD_KEYWORDS:  # those of an earlier run
@@ -1399,9 +1429,9 @@ def includes_drop_ins(lines):
 
 
 def check_sshd(name, yes_or_no):
-    """Raise Failed if sshd says that it does not obey for the user.
+    """Raise Failed if sshd says that it does otherwise for the user.
 
-    Other lines may count more than ours: those of a Match, or in a file that is read before.
+    Other lines may count more than ours: those in a Match, or in a file that sshd reads before.
     """
     if settings.dry_run or not has_command('sshd'):
         return
@@ -1428,7 +1458,7 @@ STATE_FOLDER = '/var/lib/azure-provisioning'
 
 
 def save_data():
-    """Save the user data, from IMDS, and the custom data, from the DVD if that can be read."""
+    """Save the user data of IMDS, and the custom data of the DVD, if that can be read."""
     say('Retrieving user data from IMDS')
     user_data = retry('data', request_leaf, 'userData', DATA_LIMIT, optional=True)
     save_decoded('userData', f'{STATE_FOLDER}/user-data', user_data)
@@ -1442,7 +1472,7 @@ def save_data():
 
 
 def save_decoded(label, path, text):
-    """Decode a text from base64 into a file. If it is empty, remove what the image has there."""
+    """Write what a text in base64 encodes. If that is nothing, remove the file, of another VM."""
     text = remove_characters(SPACE, text)
     if not is_base64(text):
         raise Failed(f'{label}: no base64')
@@ -1456,7 +1486,7 @@ def save_decoded(label, path, text):
 
 
 def is_base64(text):
-    """Whether a text is base64 as an encoder writes it: padded, and unused bits are 0."""
+    """Whether a text is base64 as an encoder writes it: padded, with all unused bits 0."""
     try:
         return base64.b64encode(base64.b64decode(text)) == text.encode(BYTE_ENCODING)
     except ValueError:
@@ -1469,7 +1499,7 @@ def is_base64(text):
 def publish_hostname():
     """Have the DHCP client of the default route's interface tell its server the hostname.
 
-    No other client is asked. If this one fails, it is asked again, as nmcli fails now and then.
+    If it fails, it is asked once more, as nmcli fails now and then.
     """
     interface = find_interface()
     if not interface:
@@ -1505,7 +1535,7 @@ def find_interface():
 
 
 def find_client(interface):
-    """Return the command of the DHCP client that has the interface, '' if none is known to."""
+    """Return the command of the DHCP client that has the interface, '' if no known one has it."""
     if os.path.isfile(networkd_lease(interface)):
         return 'networkctl'
     if ask('nmcli', '-g', 'DHCP4.OPTION', 'device', 'show', interface):
@@ -1518,17 +1548,16 @@ def find_client(interface):
     return ''
 
 
-# The PID file of a dhcpcd for all interfaces. One that runs for a single one takes no hostname.
-DHCPCD_PID = '/run/dhcpcd/pid'
+DHCPCD_PID = '/run/dhcpcd/pid'  # of a dhcpcd for all interfaces; another takes no hostname
 
 
 def dhcpcd_lease(interface):
-    """Return the path of dhcpcd's lease, which stays there when dhcpcd ends."""
+    """Return the path of dhcpcd's lease. It is still there when dhcpcd has ended."""
     return f'/var/lib/dhcpcd/{interface}.lease'
 
 
 def networkd_lease(interface):
-    """Return the path of systemd-networkd's lease, which is removed when systemd-networkd ends."""
+    """Return the path of systemd-networkd's lease. It goes when systemd-networkd ends."""
     index = read_file(f'/sys/class/net/{interface}/ifindex')
     return f'/run/systemd/netif/leases/{index}'
 
@@ -1542,36 +1571,39 @@ def find_process(client, interface):
 def tell_server(client, interface, name):
     """Have the client tell its server the hostname; return whether the server has heard it.
 
-    NetworkManager does not show that. It goes on telling the server until that answers.
+    For nmcli, return whether NetworkManager will tell it: that goes on until the server answers.
     """
     if client == 'networkctl':
-        return renew(networkd_lease(interface), client, 'reconfigure', interface)
+        return renew_lease(networkd_lease(interface), client, 'reconfigure', interface)
     if client == 'nmcli':
         return run(client, 'device', 'modify', interface, 'ipv4.dhcp-hostname', name)
     if client == 'dhcpcd':
-        return renew(dhcpcd_lease(interface), client, '-n', '-h', name, interface)
+        return renew_lease(dhcpcd_lease(interface), client, '-n', '-h', name, interface)
     if client == 'dhclient':
         return run_second_dhclient(interface)
-    # A second one, as the first one takes no hostname. With /bin/true it changes nothing here.
+    # udhcpc: a second one, as the running one takes no hostname. It asks once and ends. Its script
+    # would set up the interface; /bin/true does nothing.
     option = f'hostname:{name}'
     return run(client, '-n', '-q', '-f', '-i', interface, '-x', option, '-s', '/bin/true')
 
 
-def renew(lease, *command):
-    """Run a command that only asks for a new lease; return whether it comes within 5 seconds."""
-    old = identify(lease)
+def renew_lease(lease, *command):
+    """Run a command that has a client ask for a new lease; return whether it comes in 5 seconds."""
+    old = read_stamp(lease)
     if not run(*command):
         return False
     if settings.dry_run:
         return True
-    for _ in range(5):
-        if identify(lease) not in ('', old):
-            return True
+    waited = 0
+    while read_stamp(lease) in ('', old):
+        if waited == 5:
+            return False
         time.sleep(1)
-    return False
+        waited += 1
+    return True
 
 
-def identify(path):
+def read_stamp(path):
     """Return a text that changes when the file is written again, '' if there is no file."""
     try:
         status = os.stat(path)
@@ -1581,28 +1613,31 @@ def identify(path):
 
 
 def run_second_dhclient(interface):
-    """Run a second dhclient, as the one that has the interface cannot be asked, and end it.
+    """Run a second dhclient, as the running one cannot be asked.
 
-    Return whether the server has heard it. The second one has the arguments of the first one, and
-    its identity, so that it gets the same address. It does not have its lease, with which it would
-    ask nobody. With /bin/true as its script it changes nothing here.
+    Return whether the server has heard it. The second one has the arguments of the running one, and
+    its identity (DUID), so that it gets the same address; but not its lease, with which it would
+    ask nobody. Its script would set up the interface; /bin/true does nothing.
     """
-    words = find_process('dhclient', interface).split(' ')[2:]
+    words = find_process('dhclient', interface).split(' ')[2:]  # without PID and command
     if not words:  # it has ended
         return False
     leases = find_value('-lf', words) or '/var/lib/dhcp/dhclient.leases'
     configuration = find_value('-cf', words) or '/etc/dhcp/dhclient.conf'
+    # Without this line, dhclient would not send the hostname.
     if not ask('grep', '-x', 'send host-name = gethostname();', configuration):
         return False
     identity = ask('sed', '-n', '/^default-duid /p', leases)
-    second = f'{leases}.second'
+    second_leases = f'{leases}.second'
+    pid_file = f'{second_leases}.pid'
     words = [word for word in words if word not in ('-d', '-nw')]  # so that it waits for an answer
-    words += ['-q', '-sf', '/bin/true', '-pf', f'{second}.pid', '-lf', second]
+    words += ['-q', '-sf', '/bin/true', '-pf', pid_file, '-lf', second_leases]
     told = False
-    with contextlib.suppress(Failed):  # the step fails all the same
-        write_file(second, 0o600, f'{identity}\n'.encode(BYTE_ENCODING))
+    with contextlib.suppress(Failed):  # told is False then
+        write_file(second_leases, 0o600, f'{identity}\n'.encode(BYTE_ENCODING))
+        # -1: ask once; it then goes on in the background. -x: end it.
         told = run('dhclient', *words, '-1') and run('dhclient', *words, '-x')
-    run('rm', '-f', second, f'{second}.pid')
+    run('rm', '-f', second_leases, pid_file)
     return told
 
 

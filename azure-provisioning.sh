@@ -11,10 +11,12 @@
 #
 # How to read this file:
 # - UPPERCASE variables are settings and constants.
-# - A local variable can also be used by the functions that are called; their comments say "its $x".
-# - The comment above a function names the other variables that it sets for its caller. A function
-#   that finds or makes one text sets $value.
-# - A function "can fail": it sets $reason, for the message, and returns 1. `fail` does both:
+# - A function uses its arguments, and the variables that its comment names with a $. Some of them
+#   are local variables of its caller.
+# - The comment says which variables it sets. A function that finds or makes one text sets $value,
+#   which the next such function overwrites.
+# - A function "can fail": it then sets $reason, for a line on stderr, and returns 1. `fail` does
+#   both, so that this line leaves a function that can fail:
 #       CHECK || fail 'the reason' || return
 # - Other functions answer a question, or try something: they return 0 or 1, and set no $reason.
 # - A text is split with a local IFS. The functions that are called while it is set do not split, or
@@ -71,12 +73,12 @@ EXTRA_GROUPS=${AZURE_PROVISIONING_GROUPS-}
 DRY_RUN=
 
 # What changes during a run.
-has_reply=''     # whether any server has answered so far
-quick_looks=1200 # at the routes, ten in a second, until one in a second is enough
+has_reply=''          # whether any server has answered so far
+quick_looks_left=1200 # at the routes, ten in a second; when none is left, one in a second
 
-CONNECT_LIMIT=3   # seconds of the timeout, at most, to connect
-BODY_LIMIT=65536  # bytes of a reply's body
-ENOUGH_ABSENCES=5 # IMDS has to say this many times that it has no such value
+CONNECT_LIMIT=3  # seconds of the timeout, at most, to connect
+BODY_LIMIT=65536 # bytes of a reply's body
+ABSENT_AFTER=5   # replies of IMDS that it has no such value
 NEWLINE='
 '
 CARRIAGE_RETURN=$(printf '\r')
@@ -98,10 +100,9 @@ complain() {
     say "$@" >&2
 }
 
-# fail REASON: sets $reason, which is that of no attempt; returns 1
+# fail REASON: sets $reason; returns 1
 fail() {
     reason=$1
-    last_attempt=''
     return 1
 }
 
@@ -124,6 +125,10 @@ main() {
     check_settings
     if has_word remember "$steps" && is_remembered; then
         return 0
+    fi
+    if ! has_command curl && ! has_command wget; then
+        complain 'azure-provisioning: no curl or wget'
+        return 1
     fi
     run_steps
 }
@@ -184,7 +189,7 @@ check_settings() {
 
 # check_url NAME URL: a usage error if the base URL is not http://HOST[:PORT][/PATH]
 check_url() {
-    local address="${2#http://}"
+    local address="${2#http://}" host_and_port port
     case $2 in
     http://*) ;;
     *) usage_error "bad $1" ;;
@@ -192,10 +197,13 @@ check_url() {
     case $address in
     '' | :* | /* | *//* | *[!A-Za-z0-9._~:/-]*) usage_error "bad $1" ;;
     esac
-    address=${address%%/*} # HOST[:PORT]
-    case $address in
-    *:??????*) usage_error "bad $1" ;; # more than five digits
-    *:*) check_number "$1" "${address#*:}" 1 ;;
+    host_and_port=${address%%/*}
+    case $host_and_port in
+    *:*)
+        port=${host_and_port#*:}
+        check_number "$1" "$port" 1
+        [ "${#port}" -le 5 ] || usage_error "bad $1"
+        ;;
     esac
 }
 
@@ -219,8 +227,9 @@ check_groups() {
     esac
     for group in $2; do
         case $group in
-        [!A-Za-z_]* | ?????????????????????????????????*) usage_error "bad $1" ;; # 33 characters
+        [!A-Za-z_]*) usage_error "bad $1" ;;
         esac
+        [ "${#group}" -le 32 ] || usage_error "bad $1"
     done
 }
 
@@ -232,18 +241,16 @@ run_steps() {
         if ! run_step "$step"; then
             complain "$step: $reason"
             if has_word ready "$steps" && ! has_word ready "$tried"; then
-                report_not_ready "$step: $reason$last_attempt"
+                report_not_ready "$step: $reason"
             fi
             return 1
         fi
     done
 }
 
-# run_step STEP: run a step; can fail. It may set $last_attempt, why the last attempt failed, to be
-# added where Azure is told the reason.
+# run_step STEP: do a step; can fail
 run_step() {
     reason='unknown error' # in case that a function returns 1 by mistake
-    last_attempt=''
     find_step "$1"
     "$function"
 }
@@ -286,8 +293,8 @@ run_twice() {
     run "$@"
 }
 
-# ask COMMAND [ARGUMENT]...: sets $value to what a command prints, '' if it fails. It changes
-# nothing.
+# ask COMMAND [ARGUMENT]...: run a command that only tells something; sets $value to what it prints,
+# '' if it fails. The text has no line feeds at its end.
 ask() {
     value=$("$@" </dev/null 2>/dev/null) || value=''
 }
@@ -303,26 +310,29 @@ say_done() {
 # command prints. After a power cut it is the old one or the new one. MODE: '' keeps mode and
 # owner of the old file. OWNER: UID:GID, or '': the new file is root's. Can fail.
 write_file() {
-    local file="$1" mode="$2" owner="$3" wait
+    local file="$1" mode="$2" owner="$3" attempt
     shift 3
     if [ -n "$DRY_RUN" ]; then
         say "Would write $file"
         return
     fi
-    for wait in 1 1 0; do
-        if [ $wait = 0 ]; then
+    for attempt in 1 2 3; do
+        if [ $attempt = 3 ]; then # nobody is writing this one any more
             rm -f "$file.new" 2>/dev/null
         fi
         if replace_file "$@" 2>/dev/null; then
             return
         fi
-        sleep $wait # another copy of this program may be writing the same file
+        if [ $attempt -lt 3 ]; then # another copy of this program may be writing the same file
+            sleep 1
+        fi
     done
     rm -f "$file.new" 2>/dev/null
     fail "cannot write $file"
 }
 
-# replace_file COMMAND [ARGUMENT]...: do the work of write_file, with its $file, $mode and $owner
+# replace_file COMMAND [ARGUMENT]...: do the work of write_file, with its $file, $mode and $owner;
+# returns 1 if that is not possible
 replace_file() {
     mkdir -p "${file%/*}" || return 1
     if [ -d "$file" ]; then # mv would put the new file into it
@@ -345,16 +355,17 @@ replace_file() {
     sync_path "${file%/*}"
 }
 
-# copy_attributes: give the new file the mode and the owner of the $file. cp also copies what is in
-# it, so that the new content is written once more.
+# copy_attributes: give $file.new the mode and the owner of $file. cp also copies what is in it, so
+# that the new content has to be written once more. Returns 1 if that is not possible.
 copy_attributes() {
     local content
     content=$(
         cat "$file.new" || exit 1
         echo . # keeps the line feeds at the end
     ) || return 1
+    content=${content%.}
     cp -p "$file" "$file.new" || return 1
-    printf %s "${content%.}" >"$file.new"
+    printf %s "$content" >"$file.new"
 }
 
 # sync_path PATH: have the disk store a file, or the names of the files in a folder
@@ -367,10 +378,11 @@ sync_path() {
 # ---- HTTP --------------------------------------------------------------------------------------
 
 # exchange LABEL URL DATA LIMIT [--header HEADER]...: send a POST with the data, or a GET if they
-# are ''; sets $status of the reply, 000 without one, and $body. Can fail: the reason has the
-# label. Sets $no_reply if the server did not answer.
+# are ''; sets $status of the reply, 000 without one, and $body. LIMIT: of the body, in bytes.
 #
-# Good is status 200, and for a POST any 2xx. The limit is that of the body, in bytes.
+# Good is status 200, and for a POST any 2xx. Otherwise, or if it takes longer than TIMEOUT, it
+# fails. The reason is LABEL: HTTP STATUS, or LABEL: PROBLEM with one of 'no connection',
+# 'timed out', 'reply too large' and 'broken reply'. Sets $no_reply if the server did not answer.
 exchange() {
     local label="$1" url="$2" data="$3" limit="$4" problem
     shift 4
@@ -381,15 +393,11 @@ exchange() {
         --header 'Connection: close'
     if has_command curl; then
         { take_reply "$(send_with_curl "$@")"; } 2>/dev/null
-    elif has_command wget; then
+    else
         # head ends what has no end. The shell would drop a NUL byte: tr makes it INVALID.
         take_reply "$(send_with_wget "$@" 2>/dev/null |
             head -c $((limit + 100)) |
             tr '\000' "$INVALID")"
-    else
-        status=000
-        problem='no curl or wget'
-        hopeless=yes # see retry
     fi
     case $status:$problem in
     '000:no connection' | '000:timed out') no_reply=yes ;;
@@ -403,11 +411,12 @@ exchange() {
     [ "$problem" = none ] || fail "$label: $problem"
 }
 
-# send_with_curl [--header HEADER]...: send a request to its $url, with its $data. Prints the
-# reply's body and three lines, for take_reply:
-#     STATUS, 000 without a reply
-#     SIZE of the body
-#     PROBLEM, or none
+# send_with_curl [--header HEADER]...: send a request to exchange's $url, with its $data and $limit.
+# Prints four lines for take_reply, or more, as a body may have line feeds. For example:
+#     web-1          BODY
+#     200            STATUS, 000 without a reply
+#     5              SIZE of the body, in bytes
+#     none           PROBLEM
 send_with_curl() {
     local bytes_a_second connect_limit=$CONNECT_LIMIT
     if [ "$TIMEOUT" -lt "$connect_limit" ]; then
@@ -417,7 +426,7 @@ send_with_curl() {
         set -- "$@" --data-binary "$data"
     fi
     # Before curl 8.4, --max-filesize does not stop a body whose size is not announced. At this
-    # rate, no more than four times the limit, and 4 KiB for each second, come within TIMEOUT.
+    # rate, it cannot be longer than four limits, and 4 KiB for each second.
     bytes_a_second=$((4 * limit / TIMEOUT + 4096))
     curl -q --silent --fail --noproxy '*' --proto =http \
         --connect-timeout "$connect_limit" --max-time "$TIMEOUT" \
@@ -433,7 +442,11 @@ send_with_curl() {
 }
 
 # send_with_wget [--header HEADER]...: the same with wget, of GNU or of BusyBox. It does not know
-# the SIZE, which is empty then.
+# the SIZE, and leaves that line empty.
+#
+# What wget says on stderr begins with the head of the reply, indented. For example:
+#       HTTP/1.1 200 OK
+#       Content-Type: text/xml
 send_with_wget() {
     local said code status=000
     if [ -n "$data" ]; then
@@ -444,15 +457,15 @@ send_with_wget() {
         set -- --no-config --tries=1 --max-redirect=0 --connect-timeout=$CONNECT_LIMIT "$@"
         ;;
     esac
-    # wget's stdout, the body, becomes our stdout, by way of 3. Its stderr is caught in a variable.
+    # The body, wget's stdout, goes to our stdout, by way of 3. $said catches wget's stderr.
     { said=$(timeout "$TIMEOUT" wget -q -S -Y off -O - "$@" "$url" 2>&1 >&3); } 3>&1
     code=$?
-    case $said in # wget prints the head of the reply, with two spaces before each line
+    case $said in
     *'  HTTP/1.'?' '[1-9][0-9][0-9]*)
         status=${said#*'  HTTP/1.'? }
         status=${status%%[!0-9]*}
         ;;
-    *'  '*) code=no-http ;;
+    *'  '*) code=no-http ;; # something indented, but no status
     esac
     printf '\n%s\n\n' "$status"
     case $status:$code in
@@ -463,7 +476,8 @@ send_with_wget() {
     esac
 }
 
-# take_reply REPLY: take apart what one of these printed; sets $status, $body and $problem
+# take_reply REPLY: take apart what one of these printed, from its end; sets exchange's $status,
+# $body and $problem
 take_reply() {
     local rest="$1" size
     problem=${rest##*"$NEWLINE"}
@@ -472,22 +486,19 @@ take_reply() {
     rest=${rest%"$NEWLINE"*}
     status=${rest##*"$NEWLINE"}
     body=${rest%"$NEWLINE"*}
-    case $status:$size in
-    [0-9][0-9][0-9]: | [0-9][0-9][0-9]:*[0-9]) ;;
-    *) # the end is missing: head has cut it off, or the client was killed
+    if ! is_status "$status"; then
+        # The end is missing: head has cut it off, as there is too much; or the client was killed.
         status=000
         problem='no connection'
         if [ "${#1}" -gt "$limit" ]; then
             problem='reply too large'
         fi
-        ;;
-    esac
-    if [ "${#body}" -gt "$limit" ]; then
+    elif [ "${#body}" -gt "$limit" ]; then
         problem='reply too large'
     elif [ "$problem" = 'no connection' ] && [ "$status" != 000 ]; then
         problem='broken reply' # the connection was lost behind the status
     fi
-    # The shell drops a NUL byte, and tr makes it INVALID: no value of such a body is used.
+    # A body with a NUL byte is not used. The shell has dropped the byte, or tr has made it INVALID.
     if [ -n "$size" ] && [ "$size" != "${#body}" ]; then
         body=$INVALID
     fi
@@ -496,64 +507,67 @@ take_reply() {
     esac
 }
 
+# is_status TEXT: whether it is a status of HTTP, or 000
+is_status() {
+    case $1 in
+    [0-9][0-9][0-9]) ;;
+    *) return 1 ;;
+    esac
+}
+
 # ---- Attempts ----------------------------------------------------------------------------------
 
-# retry STEP ATTEMPTS required|optional COMMAND [ARGUMENT]...: call the command until it does not
-# fail. Can fail, after all attempts, or if the command has set $hopeless.
+# retry STEP ATTEMPTS required|optional FUNCTION [ARGUMENT]...: call the function until it does not
+# fail. Can fail, after all attempts.
 #
 # The wait after the first attempt is 1 second, then 2, 3 and so on, up to INTERVAL.
-# optional: IMDS may have no such value. It then replies 404 or 400; but while it starts, it also
-# does so for values that it has. Sets $value to '' after ENOUGH_ABSENCES such replies, whatever
-# came in between. With fewer attempts than that, all of them must have ended so.
+# optional: the function requests a value that IMDS may not have. It then replies 404, or 400 if it
+# is too old to know the value. But while IMDS starts, it says 404 to everything. So $value is set
+# to '' only after ABSENT_AFTER such replies; if there are fewer attempts, after as many as there
+# are.
 retry() {
-    local step="$1" attempts="$2" kind="$3" attempt=0 absences=0 enough=$ENOUGH_ABSENCES
-    local last_reason='' routes_before question=''
+    local step="$1" attempts="$2" kind="$3" attempt=0 absences=0 last_reason='' question=''
+    local routes_before
     shift 3
-    if [ "$attempts" -lt "$enough" ]; then
-        enough=$attempts
-    fi
-    while :; do
+    while [ $attempt -lt "$attempts" ]; do
         attempt=$((attempt + 1))
-        absent=''   # request_leaf sets it
-        hopeless='' # exchange sets these
-        no_reply=''
         read_routes
         routes_before=$routes
+        status=000 # exchange sets these two
+        no_reply=''
         if "$@"; then
             return
         fi
-        if [ "$reason" != "$last_reason" ] || is_power_of_two $attempt; then
+        if [ "$reason" != "$last_reason" ] || is_power_of_two $attempt; then # or the log fills up
             complain "$step: attempt $attempt of $attempts: $reason"
         fi
         last_reason=$reason
-        if [ -n "$absent" ]; then
+        case $kind:$status in
+        optional:400 | optional:404)
             absences=$((absences + 1))
+            if [ $absences = $ABSENT_AFTER ] || [ $absences = "$attempts" ]; then
+                value=''
+                return
+            fi
+            ;;
+        esac
+        if [ $attempt -lt "$attempts" ]; then
+            wait_for $((attempt < INTERVAL ? attempt : INTERVAL)) "$routes_before"
         fi
-        if [ "$kind" = optional ] && [ "$absences" -ge "$enough" ]; then
-            value=''
-            return
-        fi
-        if [ "$attempt" -eq "$attempts" ] || [ -n "$hopeless" ]; then
-            break
-        fi
-        wait_for $((attempt < INTERVAL ? attempt : INTERVAL)) "$routes_before"
     done
     if [ -n "$no_reply" ] && [ -z "$has_reply" ]; then
         question='; is this a VM on Azure?'
     fi
-    fail "gave up after $attempt attempts$question"
-    last_attempt=": $last_reason"
-    return 1
+    fail "gave up after $attempts attempts: $last_reason$question"
 }
 
-# is_power_of_two NUMBER: whether it is 1, 2, 4, 8 or the like: the same failure is not said more
-# often
+# is_power_of_two NUMBER: whether it is 1, 2, 4, 8 or the like
 is_power_of_two() {
     [ $(($1 & ($1 - 1))) -eq 0 ]
 }
 
-# wait_for SECONDS ROUTES: wait. After an attempt without a reply, wait only until the routes are no
-# longer these: the network has come up. Its $no_reply.
+# wait_for SECONDS ROUTES: wait. After an attempt with $no_reply, stop when the kernel has other
+# routes: the network has come up.
 wait_for() {
     local tenths=$((10 * $1))
     if [ -z "$no_reply" ]; then
@@ -561,10 +575,10 @@ wait_for() {
         return
     fi
     while [ $tenths -gt 0 ] && read_routes && [ "$routes" = "$2" ]; do
-        if [ $quick_looks -gt 0 ] && sleep 0.1 2>/dev/null; then
-            quick_looks=$((quick_looks - 1))
+        if [ $quick_looks_left -gt 0 ] && sleep 0.1 2>/dev/null; then
+            quick_looks_left=$((quick_looks_left - 1))
             tenths=$((tenths - 1))
-        else # or this sleep takes whole seconds alone
+        else # none is left, or this sleep takes whole seconds alone
             sleep 1
             tenths=$((tenths - 10))
         fi
@@ -589,11 +603,12 @@ report_ready() {
     retry ready "$ATTEMPTS" required report_health Ready ''
 }
 
-# report_health STATE DETAILS: request the goal state, and send a health report for it; can fail
+# report_health STATE DETAILS_XML: request the goal state, and send a health report for it: one
+# attempt for retry; can fail
 #
-# Both belong to one attempt, as the WireServer refuses a report for an old incarnation.
+# The WireServer refuses a report for an old goal state. So each attempt requests a new one.
 report_health() {
-    local report
+    local state="$1" details_xml="$2" report
     request_goal_state || return
     report="<Health>\
 <GoalStateIncarnation>$incarnation</GoalStateIncarnation>\
@@ -601,7 +616,7 @@ report_health() {
 <ContainerId>$container_id</ContainerId>\
 <RoleInstanceList><Role>\
 <InstanceId>$instance_id</InstanceId>\
-<Health><State>$1</State>$2</Health>\
+<Health><State>$state</State>$details_xml</Health>\
 </Role></RoleInstanceList>\
 </Container>\
 </Health>"
@@ -622,13 +637,14 @@ request_goal_state() {
     exchange 'goal state' "$WIRESERVER/machine?comp=goalstate" '' "$BODY_LIMIT" \
         --header 'x-ms-version: 2012-11-30' \
         --header 'x-ms-agent-name: custom-provisioning' || return
-    unset incarnation container_id instance_id
-    read_xml GoalState take_goal_state || fail 'goal state: not a goal state' || return
-    squeeze "${incarnation-}"
+    read_xml GoalState \
+        'Incarnation Container/ContainerId Container/RoleInstanceList/RoleInstance/InstanceId' ||
+        fail 'goal state: not a goal state' || return
+    find_squeezed Incarnation
     incarnation=$value
-    squeeze "${container_id-}"
+    find_squeezed Container/ContainerId
     container_id=$value
-    squeeze "${instance_id-}"
+    find_squeezed Container/RoleInstanceList/RoleInstance/InstanceId
     instance_id=$value
     is_number "$incarnation" || fail 'goal state: no Incarnation' || return
     is_id "$container_id" || fail 'goal state: no ContainerId' || return
@@ -636,74 +652,72 @@ request_goal_state() {
     say "ContainerId: $container_id" "InstanceId: $instance_id" "Incarnation: $incarnation"
 }
 
-# take_goal_state PATH TEXT: keep the text of the first element at each of these paths. read_xml
-# calls it.
-take_goal_state() {
-    case $1 in
-    GoalState/Incarnation)
-        incarnation=${incarnation-$2}
-        ;;
-    GoalState/Container/ContainerId)
-        container_id=${container_id-$2}
-        ;;
-    GoalState/Container/RoleInstanceList/RoleInstance/InstanceId)
-        instance_id=${instance_id-$2}
-        ;;
-    esac
-}
-
-# read_xml ROOT TAKE: read the XML document in $body; returns 1 if it is none, or has another root.
+# read_xml ROOT PATHS: read the XML document in $body; returns 1 if it is none, or has another root.
+# Sets $found to the texts at these paths below the root, for find_text: PATH>TEXT< for each.
 #
-# The document is cut at each '<'. At the end of each element, the function TAKE is called with the
-# element's path and its text. As an example, these are the pieces of <a>1<b>2</b><c/></a>:
+# The document is cut at each '<'. For example, these are the pieces of <a>1<b>2</b><c/></a>:
 #
-#     piece    $path behind it    $text behind it    call
+#     piece    $path behind it    $text behind it
 #     a>1      /a                 1
 #     b>2      /a/b               2
-#     /b>      /a                 INVALID            TAKE a/b 2
-#     c/>      /a                 INVALID            TAKE a/c ''
-#     /a>                         INVALID            TAKE a INVALID, as there are elements in it
+#     /b>      /a                 INVALID: a has an element in it
+#     c/>      /a                 INVALID
+#     /a>
+#
+# At the end of an element, its text is known, and kept if one of PATHS is the element's.
 #
 # It refuses some legal documents, which Azure does not send: with a document type definition, with
-# CDATA, with a '>' in an attribute, or with a tag of over 1000 bytes. A text with a comment is
-# INVALID.
+# CDATA, with a '>' in an attribute, and such as would take long. A text with a comment is INVALID.
 read_xml() {
-    local root="$1" take="$2" path='' text='' root_seen='' markup_end='' before piece IFS='<'
+    local root="$1" paths="$2" path='' text='' root_seen='' markup_end='' before piece IFS='<'
+    found=''
     case $body in
     *'<') return 1 ;; # the loop would not see the empty piece behind it
     esac
     before=${body%%<*}
     is_blank "${before#"$BYTE_ORDER_MARK"}" || return 1
     for piece in ${body#"$before<"}; do
-        if [ -z "$markup_end" ]; then
-            case $piece in
-            '!--'*) # a comment
-                markup_end='-->'
-                piece=${piece#'!--'}
-                ;;
-            '?'*) # an instruction, or the XML declaration
-                markup_end='?>'
-                piece=${piece#'?'}
-                ;;
-            esac
-        fi
-        if [ -z "$markup_end" ]; then
-            read_piece "$piece" || return 1
-        else # up to the end of the markup, a '<' means nothing
+        if is_markup "$piece"; then
             text=$INVALID
-            case $piece in
-            *"$markup_end"*) markup_end='' ;;
-            esac
+        else
+            read_piece "$piece" || return 1
         fi
     done
-    [ -n "$root_seen" ] && [ -z "$path$markup_end" ] # the last two: nothing is open
+    [ -n "$root_seen" ] && [ -z "$path" ] && [ -z "$markup_end" ] # nothing is open
 }
 
-# read_piece PIECE: read TAG>TEXT, for read_xml: sets its $path, $text and $root_seen. Returns 1 if
-# it is wrong here.
+# is_markup PIECE: whether it is part of a comment, or of an instruction such as <?xml … ?>. Sets
+# $markup_end, to '' if the markup ends in this piece. Until then, a '<' means nothing.
+is_markup() {
+    local rest="$1"
+    if [ -z "$markup_end" ]; then
+        case $1 in
+        '!--'*)
+            markup_end='-->'
+            rest=${1#'!--'}
+            ;;
+        '?'*)
+            markup_end='?>'
+            rest=${1#'?'}
+            ;;
+        *)
+            return 1
+            ;;
+        esac
+    fi
+    case $rest in
+    *"$markup_end"*) markup_end='' ;;
+    esac
+}
+
+# read_piece PIECE: read TAG>TEXT; sets read_xml's $path, $text, $root_seen and $found. Returns 1 if
+# the piece is wrong here. TAG is one of
+#     NAME [ATTRIBUTE]...        the start of an element
+#     NAME [ATTRIBUTE].../       an empty element
+#     /NAME                      the end of an element
 read_piece() {
-    local tag="${1%%>*}" name
-    if [ "$tag" = "$1" ] || [ "${#tag}" -gt 1000 ]; then # no '>'; or a tag that would take long
+    local tag="${1%%>*}" behind="${1#*>}" name
+    if [ "$tag" = "$1" ] || [ "${#tag}" -gt 1000 ]; then # no '>'; or it would take long
         return 1
     fi
     name=${tag#/}
@@ -712,7 +726,7 @@ read_piece() {
     case $tag in
     "$name" | "/$name") ;;                     # no attributes, no prefix: so are most tags
     */["$SPACE"]*) return 1 ;;                 # a '/' that ends no tag
-    *) has_paired_quotes "$tag" || return 1 ;; # otherwise the '>' is in an attribute
+    *) has_paired_quotes "$tag" || return 1 ;; # or else the '>' is in an attribute
     esac
     case $tag in
     /*)
@@ -723,15 +737,15 @@ read_piece() {
         close_element "$name" || return 1
         ;;
     *)
-        open_element "$name" "${1#*>}" || return 1
+        open_element "$name" "$behind" || return 1
         ;;
     esac
-    if [ -z "$path" ]; then # behind the root
-        is_blank "${1#*>}" || return 1
+    if [ -z "$path" ]; then # the root has ended
+        is_blank "$behind" || return 1
     fi
 }
 
-# has_paired_quotes TAG: whether each quote in it has a second one
+# has_paired_quotes TAG: whether each quote in it has a second one of its kind
 has_paired_quotes() {
     local rest="$1"
     while :; do
@@ -745,8 +759,8 @@ has_paired_quotes() {
     done
 }
 
-# open_element NAME TEXT: go down into an element: sets $path and $text. Returns 1 if it is a wrong
-# or a second root, or no element.
+# open_element NAME TEXT: go down into an element: sets $path, $text and $root_seen. Returns 1 if it
+# is a wrong or a second root, or no element.
 open_element() {
     case $1 in
     '' | '!'*) return 1 ;; # '!': a document type definition, or CDATA
@@ -760,13 +774,38 @@ open_element() {
     [ "${#path}" -le 5000 ] # a deeper one would take long
 }
 
-# close_element NAME: go up from an element: call TAKE, and set $path and $text. Returns 1 if it is
-# not the open one.
+# close_element NAME: go up from an element: sets $path, $text and $found. Returns 1 if another
+# element is open.
 close_element() {
+    local path_below_root="${path#"/$root/"}"
     [ -n "$1" ] && [ "$1" = "${path##*/}" ] || return 1
-    "$take" "${path#/}" "$text"
+    if has_word "$path_below_root" "$paths"; then
+        found="$found$path_below_root>$text<"
+        [ "${#found}" -le 200000 ] || return 1 # more would take long
+    fi
     path=${path%/*}
     text=$INVALID
+}
+
+# find_text PATH: sets $value to the text of the first element at a path below the root, '' if there
+# is none. read_xml was given the path, and has set $found.
+find_text() {
+    local each IFS='<'
+    value=''
+    for each in $found; do
+        case $each in
+        "$1>"*)
+            value=${each#*>}
+            return
+            ;;
+        esac
+    done
+}
+
+# find_squeezed PATH: sets $value to the text that find_text finds, squeezed
+find_squeezed() {
+    find_text "$1"
+    squeeze "$value"
 }
 
 # is_blank TEXT: whether it is white space, or nothing
@@ -782,7 +821,7 @@ squeeze() {
     local IFS="$SPACE"
     # shellcheck disable=SC2086 # split into words
     set -- $1
-    # The first time, two CR have an empty word between them. The second time, it goes.
+    # The first time, two CR have an empty word between them. The second time, it is gone.
     # shellcheck disable=SC2048,SC2086
     set -- $*
     value="$*"
@@ -806,14 +845,14 @@ is_id() {
 
 # ---- Step hostname: a value from IMDS ----------------------------------------------------------
 
-# set_hostname: set the hostname that the user chose, or the resource name if IMDS says there is
-# none; can fail.
+# set_hostname: set the hostname that the user chose, or the VM's name in Azure if IMDS says there
+# is none; can fail
 #
-# An empty reply does not say so. It is a failed attempt, like any other reply that is no use.
+# An empty reply does not say so. It is a failed attempt, like any other that brings no name.
 set_hostname() {
     local name
     say 'Retrieving hostname from IMDS'
-    request_property hostname osProfile/computerName optional || return
+    request_property hostname osProfile/computerName HostName optional || return
     if [ -z "$value" ]; then
         retry hostname "$ATTEMPTS" required request_text name || return
     fi
@@ -849,23 +888,22 @@ is_hostname() {
     [ "${#1}" -le 64 ]
 }
 
-# store_hostname NAME: set the hostname without systemd: until the next boot in the kernel, and in a
-# file; can fail
+# store_hostname NAME: set the hostname without systemd: in the kernel for this boot, in a file for
+# later ones; can fail
 store_hostname() {
-    local problems='' until=''
+    local name="$1" problems='' until=''
     if has_command hostnamectl; then
         problems='hostnamectl failed; '
     fi
-    if set_kernel_hostname "$1"; then
-        until=", so $1 lasts until the next boot"
+    if set_kernel_hostname "$name"; then
+        until=", so $name lasts until the next boot"
     else
         problems="${problems}cannot set the kernel's hostname; "
     fi
-    if write_file /etc/hostname 644 '' printf '%s\n' "$1"; then
-        [ -n "$until" ] || fail "${problems%; }"
-    else
-        fail "$problems$reason$until"
+    if ! write_file /etc/hostname 644 '' printf '%s\n' "$name"; then
+        fail "$problems$reason$until" || return
     fi
+    [ -n "$until" ] || fail "${problems%; }"
 }
 
 # set_kernel_hostname NAME: set the kernel's hostname; returns whether that worked
@@ -877,16 +915,20 @@ set_kernel_hostname() {
         { printf '%s\n' "$1" >/proc/sys/kernel/hostname; } 2>/dev/null
 }
 
-# request_property STEP LEAF required|optional: sets $value to a property that the user gave the VM,
-# squeezed, and $origin to dvd if it comes from there, or to imds. With a DVD, asks IMDS, then the
-# DVD, then IMDS again with all attempts. $value is '' if IMDS does not have an optional property.
-# Can fail, after all attempts.
+# request_property STEP LEAF ELEMENT required|optional: sets $value to a property that the user gave
+# the VM, squeezed; and $origin to dvd if it comes from there, or to imds
+#
+# IMDS has it, as the leaf; but that of Azure Stack has nothing. The DVD has it, as the element.
+# 1. If there is a drive: ask IMDS for some minutes, and then look on the DVD.
+# 2. Ask IMDS, with all attempts.
+# $value is '' if IMDS does not have an optional property. Can fail, after all attempts.
 request_property() {
-    if has_dvd && request_from_both "$@"; then # it has the properties, too
+    local step="$1" leaf="$2" element="$3" kind="$4"
+    if has_dvd && request_from_both; then
         return
     fi
     origin=imds
-    retry "$1" "$ATTEMPTS" "$3" request_text "$2"
+    retry "$step" "$ATTEMPTS" "$kind" request_text "$leaf"
 }
 
 # request_text LEAF: sets $value to a value from IMDS, squeezed. Can fail, also if it is empty.
@@ -896,19 +938,14 @@ request_text() {
     [ -n "$value" ] || fail "${1##*/}: empty"
 }
 
-# request_leaf LEAF [LIMIT]: sets $value to a value from IMDS, which may be empty. A leaf is a
-# value's path below "compute". Can fail. Sets $absent if the status is 404, or 400: an IMDS that is
-# too old to know a value says so.
+# request_leaf LEAF [LIMIT]: sets $value to a value from IMDS, which may be empty; can fail
+#
+# LEAF: the path of the value below "compute".
 request_leaf() {
     local leaf="$1" limit="${2-$BODY_LIMIT}" version url
     find_version "$leaf"
     url="$IMDS/metadata/instance/compute/$leaf?api-version=$version&format=text"
-    if ! exchange "${leaf##*/}" "$url" '' "$limit" --header 'Metadata: true'; then
-        case $status in
-        400 | 404) absent=yes ;;
-        esac
-        return 1
-    fi
+    exchange "${leaf##*/}" "$url" '' "$limit" --header 'Metadata: true' || return
     value=$body
 }
 
@@ -945,8 +982,9 @@ sync_all() {
 }
 
 # ================================================================================================
-# The default run ends here. What follows runs only if another step is named; and the section about
-# the DVD, if there is a drive and IMDS does not have the hostname.
+# The default run ends here. What follows runs only if another step is named. The one exception is
+# the section about the DVD: the step hostname looks there if IMDS has no hostname, and a drive is
+# there. In the unit of the default run there is none.
 # ================================================================================================
 
 # ---- NotReady: a step before ready failed ------------------------------------------------------
@@ -1015,13 +1053,13 @@ read_file() {
 
 # ---- Step user: the account, its SSH keys, sudo or doas ----------------------------------------
 
-NO_LOGIN='no valid SSH key, and no password'
+NO_LOGIN_REASON='no valid SSH key, and no password'
 
 # create_user: create the admin user, unless there is one, and let it log in with its keys; can fail
 create_user() {
     local name
     say 'Retrieving user from IMDS'
-    request_property user osProfile/adminUsername required || return
+    request_property user osProfile/adminUsername UserName required || return
     name=$value
     is_user_name "$name" || fail 'no valid user name' || return
     say "User: $name"
@@ -1067,27 +1105,33 @@ is_user_name() {
 
 # request_keys: sets $keys to the user's valid SSH keys, a line each. Fails if there is neither a
 # key nor a password.
-#
-# They come from IMDS. Without a key there, IMDS may say that there is a password. Otherwise the DVD
-# may have one of both. At last IMDS is asked again, and has to have a key now.
 request_keys() {
+    local leaf=osProfile/disablePasswordAuthentication
+    # 1. IMDS has the keys.
     request_imds_keys optional || return
-    [ -z "$keys" ] || return 0
-    retry user "$ATTEMPTS" optional \
-        request_text osProfile/disablePasswordAuthentication || return
-    [ "$value" != false ] || return 0
+    if [ -n "$keys" ]; then
+        return
+    fi
+    # 2. IMDS says that there is a password: then no key is needed.
+    retry user "$ATTEMPTS" optional request_text $leaf || return
+    if [ "$value" = false ]; then
+        return
+    fi
+    # 3. The DVD has the keys, or says that there is a password.
     if has_dvd && retry user "$DVD_ATTEMPTS" required request_dvd && find_keys; then
         return
     fi
-    if [ -z "$has_key_text" ]; then # IMDS may not have the keys yet
+    # 4. IMDS, while it starts, may have had no keys yet. It is asked again, and must have one now.
+    if [ -z "$has_key_text" ]; then
         request_imds_keys required || keys=''
     fi
-    [ -n "$keys" ] || fail "$NO_LOGIN"
+    [ -n "$keys" ] || fail "$NO_LOGIN_REASON"
 }
 
 # request_imds_keys required|optional: sets $keys to the valid SSH keys of IMDS, and $has_key_text
-# if it has any text as a key; can fail. optional: no key and an empty key are
-# accepted.
+# if it has any text as a key, valid or not; can fail
+#
+# optional: IMDS may have no keys, and empty ones. Otherwise both are failed attempts.
 request_imds_keys() {
     local names name number=0 request=request_text IFS=' '
     keys=''
@@ -1104,33 +1148,37 @@ request_imds_keys() {
         fi
         retry user "$ATTEMPTS" "$1" $request publicKeys/$number/keyData || return
         has_key_text=$has_key_text$value
-        take_keys $number "$value"
+        pick_keys $number "$value"
         number=$((number + 1))
     done
 }
 
 # find_keys: sets $keys to the user's valid SSH keys on the DVD; fails as request_keys does
 find_keys() {
-    local text number=0 IFS='<'
+    local each number=0 IFS='<'
     keys=''
-    for text in $dvd_keys; do
-        decode_entities "$text" || value=''
-        take_keys $number "$value"
-        number=$((number + 1))
+    for each in $found; do
+        case $each in
+        "$OVF_PATH/SSH/PublicKeys/PublicKey/Value>"*)
+            decode_entities "${each#*>}" || value=''
+            pick_keys $number "$value"
+            number=$((number + 1))
+            ;;
+        esac
     done
-    squeeze "$disable_passwords"
+    find_squeezed "$OVF_PATH/DisableSshPasswordAuthentication"
     case $keys:$value in
     :[Ff][Aa][Ll][Ss][Ee]) ;;
-    :*) fail "$NO_LOGIN" ;;
+    :*) fail "$NO_LOGIN_REASON" ;;
     esac
 }
 
-# take_keys NUMBER TEXT: add the valid SSH keys in the text of a number to $keys; say of each
-# key whether it is valid
-take_keys() {
+# pick_keys NUMBER TEXT: add the valid SSH keys in the text with this number to $keys; say of each
+# key if it is valid
+pick_keys() {
     local key IFS="$NEWLINE"
     split_keys "$2"
-    for key in ${value:-$INVALID}; do
+    for key in ${value:-$INVALID}; do # without a key, there is one that is not valid
         squeeze "$key"
         if is_ssh_key "$value"; then
             say "SSH key: ${value%% *}"
@@ -1141,10 +1189,12 @@ take_keys() {
     done
 }
 
-# split_keys TEXT: sets $value to the keys in a text, a line each.
+# split_keys TEXT: sets $value to the keys in a text, a line each
 #
-# Azure may break a key into lines, and a user may give several keys. A line begins
-# another key if it begins with a type, or with options and a type.
+# Azure may break a key into lines, and a user may give several keys. So a line is a part of the key
+# before it, unless it begins with a type, or with options and a type:
+#     ssh-rsa AAAA…
+#     no-pty ssh-rsa AAAA…
 split_keys() {
     local each split='' IFS="$CARRIAGE_RETURN$NEWLINE"
     for each in $1; do
@@ -1168,13 +1218,11 @@ remove_characters() {
     value="$*"
 }
 
-CONTROL_CHARACTERS=$(printf '\001-\037\177') # for [ ], which reads the '-' as a range
-
 # is_ssh_key TEXT: whether it is an OpenSSH public key: TYPE BASE64 [COMMENT]
 is_ssh_key() {
     local blob="${1#* }"
     blob=${blob%% *}
-    case $1 in # the type of key, and how that type is written in base64
+    case $1 in # the type of key, and the beginning of that in base64
     'ssh-rsa AAAAB3Nz'*) ;;
     'ssh-ed25519 AAAAC3Nz'*) ;;
     'ecdsa-sha2-nistp256 AAAAE2Vj'*) ;;
@@ -1193,15 +1241,16 @@ is_ssh_key() {
 # has_control_character TEXT: whether it has a control character in it
 has_control_character() {
     case $1 in
-    *[$CONTROL_CHARACTERS]*) ;;
+    *[$(printf '\001-\037\177')]*) ;; # the '-' makes it a range, as in a-z
     *) return 1 ;;
     esac
 }
 
-# find_account NAME: sets $account to the user's name, or to '' if there is no such account; can
-# fail. Also sets $password_field, that of /etc/shadow, or of /etc/passwd if the user has no line
-# there; $uid and $gid, the numbers of the user and of its group; $home, the path of its home; and
-# $shell, that of its shell.
+# find_account NAME: sets $account to the user's name, or to '' if there is no such account. Can
+# fail, also if its line is not valid. Sets as well:
+# $password_field: its field in /etc/shadow, or in /etc/passwd if there is no /etc/shadow
+# $uid, $gid: the numbers of the user and of its group
+# $home, $shell: paths
 find_account() {
     local name="$1" IFS=':'
     account=''
@@ -1224,7 +1273,7 @@ find_account() {
         set -- $line
         password_field=${2-}
     elif [ -e /etc/shadow ]; then
-        password_field='!' # useradd was interrupted: without a line there, nobody can log in
+        password_field='!' # useradd was interrupted: without that line, the account is locked
     fi
     account=$name
 }
@@ -1245,24 +1294,25 @@ find_line() {
     done
 }
 
-# add_account NAME: make the user, with a new group, or with one that has the same name already;
-# can fail. Whether it worked is seen in /etc/passwd.
+# add_account NAME: make the user. If there is a group of that name, it is the user's; otherwise one
+# is made. The caller looks in /etc/passwd whether it worked. Can fail.
 add_account() {
-    local shell=/bin/sh group=''
+    local name="$1" shell=/bin/sh group=''
     if [ -x /bin/bash ]; then
         shell=/bin/bash
     fi
-    find_line /etc/group "$1" || return
+    find_line /etc/group "$name" || return
     if [ -n "$line" ]; then
-        group=$1
+        group=$name
     fi
-    run useradd -m -s $shell ${group:+-g "$group"} "$1" ||
-        run adduser -D -s $shell ${group:+-G "$group"} "$1" || # BusyBox's
+    # ${group:+…} is nothing without a group.
+    run useradd -m -s $shell ${group:+-g "$group"} "$name" ||
+        run adduser -D -s $shell ${group:+-G "$group"} "$name" || # BusyBox's
         return 0
 }
 
-# is_system_account LOGIN_DEFS: whether the $account is not for people: its number is below UID_MIN
-# of /etc/login.defs, whose text is given
+# is_system_account LOGIN_DEFS: whether the $account is not for people: its $uid is below UID_MIN in
+# /etc/login.defs, whose text is given
 is_system_account() {
     local each least=1000 IFS="$NEWLINE"
     for each in $1; do
@@ -1288,7 +1338,7 @@ unlock_account() {
     '!'*)
         say "$account:*" | run chpasswd -e ||
             run usermod -p '*' "$account" ||
-            fail 'chpasswd failed'
+            fail "neither chpasswd nor usermod unlocked $account"
         ;;
     esac
 }
@@ -1296,15 +1346,17 @@ unlock_account() {
 # authorize_keys: add the $keys to the file where sshd looks for those of the $account, unless they
 # are there; can fail
 authorize_keys() {
-    local path folder lines key blob owner="$uid:$gid" mode=600 IFS="$NEWLINE"
+    local path folder each lines key blob type_and_blob owner="$uid:$gid" mode=600 IFS="$NEWLINE"
     find_keys_file || return
     path=$value
     folder=${path%/*}
-    if [ -L "$folder" ] || [ -L "$path" ]; then # root must not write where the user says
-        fail "$folder: a symlink is in the way" || return
-    fi
+    for each in "$folder" "$path"; do
+        if [ -L "$each" ]; then # root must not write where the user says
+            fail "$each: a symlink is in the way" || return
+        fi
+    done
     make_keys_folder || return
-    if ! is_in_home "$path"; then # the user has to be able to read it
+    if ! is_in_home "$path"; then # then it is root's, and the user has to be able to read it
         owner=''
         mode=644
     fi
@@ -1312,10 +1364,11 @@ authorize_keys() {
     lines=$text${text:+$NEWLINE}
     for key in $keys; do
         blob=${key#* }
-        blob=${blob%% *} # without the comment
+        blob=${blob%% *}
+        type_and_blob="${key%% *} $blob" # without the comment
         case $NEWLINE$lines in
-        *"$NEWLINE${key%% *} $blob "*) ;;
-        *"$NEWLINE${key%% *} $blob$NEWLINE"*) ;;
+        *"$NEWLINE$type_and_blob "*) ;;
+        *"$NEWLINE$type_and_blob$NEWLINE"*) ;;
         *) lines=$lines$key$NEWLINE ;;
         esac
     done
@@ -1323,8 +1376,10 @@ authorize_keys() {
     restore_labels user "$folder"
 }
 
-# find_keys_file: sets $value to the file where sshd looks for the keys of the $account. Fails if
-# it looks in none.
+# find_keys_file: sets $value to the file where sshd looks for the keys of the $account. Fails if it
+# looks nowhere.
+#
+# It may look in several. The usual one is taken if it is among them, or else the first.
 find_keys_file() {
     local default="$home/.ssh/authorized_keys" patterns='.ssh/authorized_keys' each first=''
     local IFS="$NEWLINE"
@@ -1347,8 +1402,9 @@ find_keys_file() {
     [ -n "$value" ] || fail 'sshd looks for keys in no file'
 }
 
-# expand_pattern PATTERN: sets $value to the path that a word of AuthorizedKeysFile stands for.
-# Returns 1 if it is 'none', or has a '%' that is not known here.
+# expand_pattern PATTERN: sets $value to the path that a word of AuthorizedKeysFile stands for, such
+# as %h/.ssh/keys, for the $account and its $home. Returns 1 if it is 'none', or has a '%' that is
+# not known here.
 expand_pattern() {
     local rest="$1"
     value=''
@@ -1373,7 +1429,7 @@ expand_pattern() {
 # ask_sshd NAME: sets $value to how sshd is configured for a user, lines of 'keyword value'; '' if
 # it does not tell.
 #
-# Since 9.3 it has -G, and tells it also without host keys.
+# Without -G, which OpenSSH 9.3 brought, it tells nothing as long as it has no host keys.
 ask_sshd() {
     local connection="user=$1,host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22"
     ask sshd -T -G -C "$connection"
@@ -1395,14 +1451,14 @@ is_in_home() {
 make_keys_folder() {
     local part="$folder"
     make_home || return
-    make_passable "$folder" || return
+    make_public_folder "$folder" || return
     if is_in_home "$folder"; then
-        while is_in_home "$part"; do
-            must_run "$folder" chown -h "$uid:$gid" "$part" || return
+        while is_in_home "$part"; do # for ~/.ssh/keys: that, and ~/.ssh
+            run_to_make "$folder" chown -h "$uid:$gid" "$part" || return
             part=${part%/*}
         done
-        must_run "$folder" chmod 700 "$folder" || return
-        must_run "$folder" chmod u+rwx,go-w "$home"
+        run_to_make "$folder" chmod 700 "$folder" || return
+        run_to_make "$folder" chmod u+rwx,go-w "$home"
     fi
 }
 
@@ -1411,49 +1467,54 @@ make_keys_folder() {
 make_home() {
     local owner_of_home
     if [ -d "$home" ]; then
-        owner_of_home=$(find_owner "$home")
+        find_owner "$home"
+        owner_of_home=$value
         if [ "$owner_of_home" = "$uid" ]; then
             return
         fi
         case $owner_of_home:$home in
-        0:/*/?*) ;;
-        *) fail "$home: belongs to another user" || return ;; # / and /usr are root's, too
+        0:/*/?*) ;; # not / or /usr, which are root's as they should be
+        *) fail "$home: belongs to another user" || return ;;
         esac
     else
-        make_passable "$home" || return
+        make_public_folder "$home" || return
     fi
     if [ -d /etc/skel ]; then
-        must_run "$home" cp -R -p /etc/skel/. "$home" || return
+        run_to_make "$home" cp -R -p /etc/skel/. "$home" || return
     fi
-    must_run "$home" chown -R -h "$uid:$gid" "$home" || return
+    run_to_make "$home" chown -R -h "$uid:$gid" "$home" || return
     restore_labels user "$home"
 }
 
-# find_owner FOLDER: print the number of the user that owns it
+# find_owner FOLDER: sets $value to the number of the user that owns it. ls prints for example:
+#     drwxr-x--- 3 1000 1000 4096 Nov 27 10:00 /home/azureuser
 find_owner() {
     local IFS=' '
-    # shellcheck disable=SC2012,SC2046 # ls, as stat is not everywhere; split into words
-    set -- $(ls -ldn "$1")
-    say "${3-}"
+    ask ls -ldn "$1" # stat is not everywhere
+    # shellcheck disable=SC2086 # split into words
+    set -- $value
+    value=${3-}
 }
 
-# make_passable FOLDER: make it, and those above it, so that everybody may pass through; can fail
-make_passable() {
+# make_public_folder FOLDER: make it, and those above it, so that everybody may list and enter them;
+# can fail
+make_public_folder() {
     (
         umask 022
         run mkdir -p "$1"
     ) || fail "cannot make $1"
 }
 
-# must_run PATH COMMAND [ARGUMENT]...: run a command that makes the path; can fail
-must_run() {
+# run_to_make PATH COMMAND [ARGUMENT]...: run a command, one of those that make the path as it
+# should be; can fail
+run_to_make() {
     local path="$1"
     shift
     run "$@" || fail "cannot make $path"
 }
 
-# restore_labels STEP PATH: give a path, and what is in it, the labels that SELinux has for it, if
-# there is SELinux
+# restore_labels STEP PATH: give a path, and all in it, the labels that SELinux wants, if there is
+# SELinux
 restore_labels() {
     if has_command restorecon && ! run restorecon -R "$2"; then
         complain "$1: restorecon failed for $2"
@@ -1473,11 +1534,14 @@ join_groups() {
     done
 }
 
-# grant_root NAME: let the user become root without a password, with sudo or doas, if one accepts
-# the rule; can fail
+# grant_root NAME: let the user become root without a password, with sudo or else with doas; can
+# fail
+#
+# Each checks a rule before it is written. It is no failure if none accepts one: the user can log
+# in.
 grant_root() {
     local rule="$1 ALL=(ALL:ALL) NOPASSWD:ALL" path=/etc/doas.conf mode=440 rules
-    # With sudo and doas, the last rule that fits counts. Names that begin with zz come last.
+    # With sudo and doas, the last rule that fits counts: that in a file whose name begins with zz.
     if say "$rule" | run visudo -q -c -f /dev/stdin; then
         write_file /etc/sudoers.d/zz-azure-provisioning 440 '' printf '%s\n' "$rule" || return
         restore_labels user /etc/sudoers.d/zz-azure-provisioning
@@ -1493,15 +1557,16 @@ grant_root() {
     rules=$value
     if say "$rules" | run doas -C /dev/stdin; then
         file_behind "$path"
-        if [ -e "$value" ]; then
+        path=$value
+        if [ -e "$path" ]; then
             mode=''
         fi
-        write_file "$value" "$mode" '' printf '%s\n' "$rules" || return
-        restore_labels user "$value"
+        write_file "$path" "$mode" '' printf '%s\n' "$rules" || return
+        restore_labels user "$path"
         remove_former /etc/doas.d/azure-provisioning.conf
         return
     fi
-    complain "user: neither sudo nor doas takes a rule for $1" # it can log in all the same
+    complain "user: neither sudo nor doas takes a rule for $1"
 }
 
 # remove_former FILE: remove the file in which an earlier version of this program wrote its rule;
@@ -1512,14 +1577,15 @@ remove_former() {
     fi
 }
 
-# check_sudo NAME: say so if sudo does not give the user all rights. Another rule may come last.
+# check_sudo NAME: complain if sudo does not give the user all rights: another rule may come behind
+# ours
 check_sudo() {
     if [ -n "$DRY_RUN" ]; then
         return
     fi
     ask sudo -n -l -U "$1"
     case $value in
-    *'(ALL : ALL) NOPASSWD: ALL') ;; # the last rule
+    *'(ALL : ALL) NOPASSWD: ALL') ;; # the last rule is printed last
     *) complain "user: sudo does not say that $1 may do all without a password" ;;
     esac
 }
@@ -1537,15 +1603,14 @@ add_last_line() {
 
 DVD_FOLDER=/run/azure-provisioning/dvd
 OVF_FILE=$DVD_FOLDER/ovf-env.xml
-DVD_ATTEMPTS=30             # the drive, or the medium in it, may come late
-PATIENCE=60                 # attempts at a value of IMDS that is also on the DVD
-ASCII=$(printf '\001-\177') # for [ ], which reads the '-' as a range
-DATA_LIMIT=122880           # bytes, of ovf-env.xml or user data: room for 64 KiB in base64
+DVD_ATTEMPTS=30        # the drive, or the medium in it, may come late
+ATTEMPTS_BEFORE_DVD=60 # at a value of IMDS that is also on the DVD: five minutes
+DATA_LIMIT=122880      # bytes of ovf-env.xml or user data: 64 KiB in base64 have room
+OVF_PATH=ProvisioningSection/LinuxProvisioningConfigurationSet
 
-# request_dvd: read ovf-env.xml, which is on a DVD at the first boot; sets $host_name, $user_name,
-# $user_password, $disable_passwords and $custom_data to the texts in it, or to '', and $dvd_keys to
-# those of SSH keys, with a '<' behind each. Can fail.
+# request_dvd: read ovf-env.xml on the DVD, for find_text: one attempt for retry; can fail
 request_dvd() {
+    local element paths=''
     mount_dvd || return
     # The shell would drop a NUL byte: tr makes it INVALID.
     body=''
@@ -1557,21 +1622,18 @@ request_dvd() {
     if [ "${#body}" -gt "$DATA_LIMIT" ] || ! is_utf_8; then
         fail 'ovf-env.xml: not an OVF environment' || return
     fi
-    unset host_name user_name user_password disable_passwords custom_data
-    dvd_keys=''
-    read_xml Environment take_ovf || fail 'ovf-env.xml: not an OVF environment' || return
-    host_name=${host_name-}
-    user_name=${user_name-}
-    user_password=${user_password-}
-    disable_passwords=${disable_passwords-}
-    custom_data=${custom_data-}
+    for element in HostName UserName UserPassword DisableSshPasswordAuthentication CustomData \
+        SSH/PublicKeys/PublicKey/Value; do
+        paths="$paths $OVF_PATH/$element"
+    done
+    read_xml Environment "$paths" || fail 'ovf-env.xml: not an OVF environment'
 }
 
-# is_utf_8: whether the $body says that it is UTF-8. ASCII alone is UTF-8, too,
-# whatever it says.
+# is_utf_8: whether the $body is ASCII alone, or does not say that it has another encoding than
+# UTF-8. It would say so at its top: <?xml version="1.0" encoding="UTF-16"?>
 is_utf_8() {
     case $body in
-    *[!$ASCII]*) ;;
+    *[!$(printf '\001-\177')]*) ;; # the '-' makes it a range, as in a-z
     *) return 0 ;;
     esac
     case ${body%%'?>'*} in # the declaration
@@ -1581,42 +1643,26 @@ is_utf_8() {
     esac
 }
 
-# take_ovf PATH TEXT: keep the text of the first element at each of these paths, and of all keys.
-# read_xml calls it.
-take_ovf() {
-    case ${1#Environment/ProvisioningSection/LinuxProvisioningConfigurationSet/} in
-    HostName) host_name=${host_name-$2} ;;
-    UserName) user_name=${user_name-$2} ;;
-    UserPassword) user_password=${user_password-$2} ;;
-    DisableSshPasswordAuthentication) disable_passwords=${disable_passwords-$2} ;;
-    CustomData) custom_data=${custom_data-$2} ;;
-    SSH/PublicKeys/PublicKey/Value) dvd_keys="$dvd_keys$2<" ;;
-    esac
-}
-
-# has_dvd: whether there is a drive, so that the program can wait for the DVD in it
+# has_dvd: whether there is a drive. The DVD is in it at the first boot, or comes soon.
 has_dvd() {
     [ -e /dev/sr0 ]
 }
 
-# request_from_both STEP LEAF required|optional: do the work of request_property: ask IMDS, but not
-# for long, and then look on the DVD. Returns 1 if neither has the property. The IMDS of Azure Stack
-# has none of them.
+# request_from_both: do the first part of request_property, with its $step, $leaf, $element and
+# $kind: ask IMDS for some minutes, then look on the DVD. Sets $value and $origin. Returns 1 if
+# neither has the property.
 request_from_both() {
-    local attempts="$PATIENCE"
+    local attempts="$ATTEMPTS_BEFORE_DVD"
     if [ "$ATTEMPTS" -lt "$attempts" ]; then
         attempts=$ATTEMPTS
     fi
     origin=imds
-    if retry "$1" "$attempts" "$3" request_text "$2" && [ -n "$value" ]; then
+    if retry "$step" "$attempts" "$kind" request_text "$leaf" && [ -n "$value" ]; then
         return
     fi
     origin=dvd
-    retry "$1" "$DVD_ATTEMPTS" required request_dvd || return
-    case $2 in
-    osProfile/computerName) squeeze "$host_name" ;;
-    osProfile/adminUsername) squeeze "$user_name" ;;
-    esac
+    retry "$step" "$DVD_ATTEMPTS" required request_dvd || return
+    find_squeezed "$OVF_PATH/$element"
     [ -n "$value" ]
 }
 
@@ -1635,39 +1681,35 @@ mount_dvd() {
 # ---- Step password -----------------------------------------------------------------------------
 
 SSHD_CONFIG=/etc/ssh/sshd_config
-SSHD_DEFAULT=/usr/etc/ssh/sshd_config # openSUSE's: counts where there is none in /etc
+SSHD_DEFAULT=/usr/etc/ssh/sshd_config # of openSUSE; counts if there is none in /etc
 SSHD_DROP_INS='/etc/ssh/sshd_config.d/*.conf'
-SSHD_DROP_IN=/etc/ssh/sshd_config.d/00-azure-provisioning.conf
+OUR_DROP_IN=/etc/ssh/sshd_config.d/00-azure-provisioning.conf
 # The last two are one setting since OpenSSH 8.7. Before, either of them lets in with a password.
 SSHD_KEYWORDS='PasswordAuthentication ChallengeResponseAuthentication KbdInteractiveAuthentication'
 
 # set_password: set the password of the admin user, and have sshd take passwords or not; can fail
 set_password() {
-    local name is_given=''
+    local name password is_given=''
     say 'Retrieving password from the DVD'
     retry password "$DVD_ATTEMPTS" required request_dvd || return
-    squeeze "$user_name"
+    find_squeezed "$OVF_PATH/UserName"
     name=$value
     is_user_name "$name" || fail 'no valid user name' || return
-    decode_entities "$user_password" || fail 'no valid password' || return
-    if has_control_character "$value" || [ "${#value}" -gt 72 ]; then # as long as Azure allows
+    find_text "$OVF_PATH/UserPassword"
+    decode_entities "$value" || fail 'no valid password' || return
+    password=$value
+    if has_control_character "$password" || [ "${#password}" -gt 72 ]; then # Azure allows no more
         fail 'no valid password' || return
     fi
-    # REDACTED stands in a copy of the file that cloud-init makes.
-    if [ -n "$value" ] && [ "$value" != REDACTED ]; then
-        store_password "$name" "$value" || return
+    if [ -n "$password" ] && [ "$password" != REDACTED ]; then # cloud-init's copy has the latter
+        store_password "$name" "$password" || return
         say_done 'Password set'
         is_given=yes
     fi
-    squeeze "$disable_passwords"
-    case $value in
-    [Tt][Rr][Uu][Ee]) configure_sshd "$name" no ;;
-    [Ff][Aa][Ll][Ss][Ee]) configure_sshd "$name" yes ;;
-    *)
-        if [ -n "$is_given" ]; then
-            configure_sshd "$name" yes
-        fi
-        ;;
+    find_squeezed "$OVF_PATH/DisableSshPasswordAuthentication"
+    case $value:$is_given in
+    [Tt][Rr][Uu][Ee]:*) configure_sshd "$name" no ;;
+    [Ff][Aa][Ll][Ss][Ee]:* | *:yes) configure_sshd "$name" yes ;;
     esac
 }
 
@@ -1703,30 +1745,31 @@ print_line() {
     fi 2>/dev/null # the reader may be gone
 }
 
-# store_password NAME PASSWORD: set the password of a user. Fails if chpasswd does not; PAM may
-# forbid it.
+# store_password NAME PASSWORD: set the password of a user. Fails if chpasswd does; PAM may forbid
+# it.
 store_password() {
+    local hash
     print_line "$1:$2" | run chpasswd || fail 'chpasswd failed' || return
     find_line /etc/shadow "$1" || return
     if [ -z "$line" ]; then
         find_line /etc/passwd "$1" || return
     fi
-    value=${line#*:}
-    value=${value%%:*}
+    hash=${line#*:} # the second field
+    hash=${hash%%:*}
     # BusyBox may make a hash of 13 characters, which uses only eight characters of the password.
-    case $value in
+    case ${#hash}:$hash in
     *'$'*) ;;
-    ?????????????) print_line "$1:$2" | run chpasswd -c SHA512 || fail 'chpasswd failed' ;;
+    13:*) print_line "$1:$2" | run chpasswd -c SHA512 || fail 'chpasswd failed' ;;
     esac
 }
 
 # configure_sshd NAME yes|no: have sshd take passwords, or not, in all of the ways that it has; can
 # fail.
 #
-# Of several lines for one setting, sshd takes the first. So ours are in a file that it reads before
-# others, or else at the top.
+# Of several lines for one setting, sshd takes the first. So ours stand in a drop-in that it reads
+# before all else, or at the top of its configuration.
 configure_sshd() {
-    local config="$SSHD_CONFIG" ours='' keyword
+    local config="$SSHD_CONFIG" ours='' keyword path
     if [ ! -f "$config" ]; then
         config=$SSHD_DEFAULT
     fi
@@ -1741,16 +1784,17 @@ configure_sshd() {
     done
     read_file "$config" || return
     if includes_drop_ins; then
-        value=$SSHD_DROP_IN
-        write_file "$value" 600 '' printf %s "$ours" || return
-    elif [ "$config" = "$SSHD_DEFAULT" ]; then # a file in /etc would take the place of all of it
+        path=$OUR_DROP_IN
+        write_file "$path" 600 '' printf %s "$ours" || return
+    elif [ "$config" = "$SSHD_DEFAULT" ]; then # it belongs to the distribution: not to be changed
         fail "$SSHD_DEFAULT: no Include $SSHD_DROP_INS at the top" || return
     else
         drop_first_lines
         file_behind "$SSHD_CONFIG"
-        write_file "$value" '' '' printf %s "$ours$text${text:+$NEWLINE}" || return
+        path=$value
+        write_file "$path" '' '' printf %s "$ours$text${text:+$NEWLINE}" || return
     fi
-    restore_labels password "$value"
+    restore_labels password "$path"
     say_done "PasswordAuthentication: $2"
     reload_sshd
     check_sshd "$1" "$2"
@@ -1771,7 +1815,7 @@ includes_drop_ins() {
     return 1
 }
 
-# drop_first_lines: take the lines of an earlier run from the top of the $text
+# drop_first_lines: take our lines of an earlier run from the top of the $text
 drop_first_lines() {
     local first
     while :; do
@@ -1784,9 +1828,9 @@ drop_first_lines() {
     done
 }
 
-# check_sshd NAME yes|no: fails if sshd says that it does not obey for the user.
+# check_sshd NAME yes|no: fails if sshd says that it does otherwise for the user.
 #
-# Other lines may count more than ours: those of a Match, or in a file that is read before.
+# Other lines may count more than ours: those in a Match, or in a file that sshd reads before.
 check_sshd() {
     if [ -n "$DRY_RUN" ] || ! has_command sshd; then
         return
@@ -1826,20 +1870,21 @@ reload_sshd() {
 
 STATE_FOLDER=/var/lib/azure-provisioning
 
-# save_data: save the user data, from IMDS, and the custom data, from the DVD if that can be read;
-# can fail
+# save_data: save the user data of IMDS, and the custom data of the DVD, if that can be read; can
+# fail
 save_data() {
     say 'Retrieving user data from IMDS'
     retry data "$ATTEMPTS" optional request_leaf userData "$DATA_LIMIT" || return
     save_decoded userData "$STATE_FOLDER/user-data" "$value" || return
     say 'Retrieving custom data from the DVD'
     if retry data "$DVD_ATTEMPTS" required request_dvd; then
-        save_decoded customData "$STATE_FOLDER/custom-data" "$custom_data"
+        find_text "$OVF_PATH/CustomData"
+        save_decoded customData "$STATE_FOLDER/custom-data" "$value"
     fi
 }
 
-# save_decoded LABEL FILE TEXT: decode a text from base64 into a file. If it is empty, remove what
-# the image has there. Can fail.
+# save_decoded LABEL FILE TEXT: write what a text in base64 encodes. If that is nothing, remove the
+# file, of another VM. Can fail.
 save_decoded() {
     remove_characters "$SPACE" "$3"
     is_base64 "$value" || fail "$1: no base64" || return
@@ -1852,12 +1897,11 @@ save_decoded() {
     fi
 }
 
-# is_base64 TEXT: whether it is base64 as an encoder writes it: padded, and unused bits are
-# 0
+# is_base64 TEXT: whether it is base64 as an encoder writes it: padded, with all unused bits 0
 is_base64() {
     case $1 in
     *[!A-Za-z0-9+/=]* | *=[!=]* | *===*) return 1 ;;
-    *[!AQgw]== | *[!AEIMQUYcgkosw048=]=) return 1 ;; # bits are left over
+    *[!AQgw]== | *[!AEIMQUYcgkosw048=]=) return 1 ;; # an unused bit is 1
     esac
     [ $((${#1} % 4)) -eq 0 ]
 }
@@ -1870,15 +1914,16 @@ decode_base64() {
 # ---- Step publish ------------------------------------------------------------------------------
 
 # publish_hostname: have the DHCP client of the default route's interface tell its server the
-# hostname; can fail. No other client is asked. If this one fails, it is asked again, as nmcli fails
-# now and then.
+# hostname; can fail
+#
+# If the client fails, it is asked once more, as nmcli fails now and then.
 publish_hostname() {
     local interface client name
     find_interface
     [ -n "$interface" ] || fail 'no default route' || return
     find_client
     [ -n "$client" ] || fail "no known DHCP client has $interface" || return
-    name=$(uname -n) || return
+    name=$(uname -n) || fail 'uname failed' || return
     if ! tell_server; then
         sleep 1
         tell_server ||
@@ -1903,8 +1948,8 @@ find_interface() {
     done 2>/dev/null </proc/self/net/route
 }
 
-# find_client: sets $client to the command of the DHCP client that has $interface, '' if none is
-# known to
+# find_client: sets $client to the command of the DHCP client that has $interface, '' if no known
+# one has it
 find_client() {
     networkd_lease
     if [ -f "$value" ]; then
@@ -1930,17 +1975,16 @@ find_client() {
     client=''
 }
 
-# The PID file of a dhcpcd for all interfaces. One that runs for a single one takes no hostname.
-DHCPCD_PID=/run/dhcpcd/pid
+DHCPCD_PID=/run/dhcpcd/pid # of a dhcpcd for all interfaces; another takes no hostname
 
-# dhcpcd_lease: sets $value to the path of dhcpcd's lease for $interface, which stays there when
-# dhcpcd ends
+# dhcpcd_lease: sets $value to the path of dhcpcd's lease for $interface. It is still there when
+# dhcpcd has ended.
 dhcpcd_lease() {
     value=/var/lib/dhcpcd/$interface.lease
 }
 
-# networkd_lease: sets $value to the path of systemd-networkd's lease for $interface, which is
-# removed when systemd-networkd ends
+# networkd_lease: sets $value to the path of systemd-networkd's lease for $interface. It goes when
+# systemd-networkd ends.
 networkd_lease() {
     ask cat "/sys/class/net/$interface/ifindex"
     value=/run/systemd/netif/leases/$value
@@ -1954,75 +1998,82 @@ find_process() {
 }
 
 # tell_server: have $client tell its server the hostname, $name; returns whether the server has
-# heard it. NetworkManager does not show that. It goes on telling the server until that answers.
+# heard it. For nmcli, returns whether NetworkManager will tell it: that goes on until the server
+# answers.
 tell_server() {
     case $client in
     networkctl)
         networkd_lease
-        renew "$value" networkctl reconfigure "$interface"
+        renew_lease "$value" networkctl reconfigure "$interface"
         ;;
     nmcli)
         run nmcli device modify "$interface" ipv4.dhcp-hostname "$name"
         ;;
     dhcpcd)
         dhcpcd_lease
-        renew "$value" dhcpcd -n -h "$name" "$interface"
+        renew_lease "$value" dhcpcd -n -h "$name" "$interface"
         ;;
     dhclient)
         run_second_dhclient
         ;;
     udhcpc)
-        # A second one, as the first one takes no hostname. With /bin/true it changes nothing here.
+        # A second one, as the running one takes no hostname. It asks once and ends. Its script
+        # would set up the interface; /bin/true does nothing.
         run udhcpc -n -q -f -i "$interface" -x "hostname:$name" -s /bin/true
         ;;
     esac
 }
 
-# renew LEASE COMMAND [ARGUMENT]...: run a command that only asks for a new lease; returns whether
-# it comes within 5 seconds
-renew() {
-    local lease="$1" old second
+# renew_lease LEASE COMMAND [ARGUMENT]...: run a command that has a client ask for a new lease;
+# returns whether it comes in 5 seconds
+renew_lease() {
+    local lease="$1" old waited=0
     shift
-    identify "$lease"
+    read_stamp "$lease"
     old=$value
     run "$@" || return
     if [ -n "$DRY_RUN" ]; then
         return
     fi
-    for second in 1 2 3 4 5; do
-        identify "$lease"
-        if [ -n "$value" ] && [ "$value" != "$old" ]; then
-            return
+    read_stamp "$lease"
+    while [ -z "$value" ] || [ "$value" = "$old" ]; do
+        if [ $waited = 5 ]; then
+            return 1
         fi
         sleep 1
+        waited=$((waited + 1))
+        read_stamp "$lease"
     done
-    return 1
 }
 
-# identify FILE: sets $value to a text that changes when the file is written again, '' if there is
+# read_stamp FILE: sets $value to a text that changes when the file is written again, '' if there is
 # no file
-identify() {
+read_stamp() {
     ask ls -l -i --full-time "$1"
 }
 
-# run_second_dhclient: run a second dhclient, as the one that has $interface cannot be asked, and
-# end it; returns whether the server has heard it. The second one has the arguments of the first
-# one, and its identity, so that it gets the same address. It does not have its lease, with which it
-# would ask nobody. With /bin/true as its script it changes nothing here.
+# run_second_dhclient: run a second dhclient, as the running one cannot be asked
+#
+# Returns whether the server has heard it. The second one has the arguments of the running one, and
+# its identity (DUID), so that it gets the same address; but not its lease, with which it would ask
+# nobody. Its script would set up the $interface; /bin/true does nothing.
 run_second_dhclient() {
-    local IFS=' ' words leases identity second word told=''
+    local IFS=' ' words leases configuration identity second_leases pid_file word told=''
     find_process dhclient
     [ -n "$value" ] || return # it has ended
     words=${value#* }
-    words=${words#* } # without the PID and the command
+    words=${words#* } # without PID and command
     find_value -lf "$words"
     leases=${value:-/var/lib/dhcp/dhclient.leases}
     find_value -cf "$words"
-    ask grep -x 'send host-name = gethostname();' "${value:-/etc/dhcp/dhclient.conf}"
+    configuration=${value:-/etc/dhcp/dhclient.conf}
+    # Without this line, dhclient would not send the hostname.
+    ask grep -x 'send host-name = gethostname();' "$configuration"
     [ -n "$value" ] || return
     ask sed -n '/^default-duid /p' "$leases"
     identity=$value
-    second=$leases.second
+    second_leases=$leases.second
+    pid_file=$second_leases.pid
     set --
     for word in $words; do
         case $word in
@@ -2030,12 +2081,13 @@ run_second_dhclient() {
         *) set -- "$@" "$word" ;;
         esac
     done
-    set -- "$@" -q -sf /bin/true -pf "$second.pid" -lf "$second"
-    if write_file "$second" 600 '' printf '%s\n' "$identity" &&
+    set -- "$@" -q -sf /bin/true -pf "$pid_file" -lf "$second_leases"
+    # -1: ask once; it then goes on in the background. -x: end it.
+    if write_file "$second_leases" 600 '' printf '%s\n' "$identity" &&
         run dhclient "$@" -1 && run dhclient "$@" -x; then
         told=yes
     fi
-    run rm -f "$second" "$second.pid"
+    run rm -f "$second_leases" "$pid_file"
     [ -n "$told" ]
 }
 

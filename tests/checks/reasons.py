@@ -34,7 +34,7 @@ def python_reasons(source):
             yield from reasons_of_call(node, constants)
         elif isinstance(node, ast.keyword) and node.arg == 'problem':
             yield f'…: {text_of(node.value)}'
-        elif isinstance(node, ast.Assign):
+        elif isinstance(node, (ast.Assign, ast.AugAssign)):
             yield from reasons_of_assignment(node)
         elif isinstance(node, ast.FunctionDef) and node.name == 'read_body':
             for each in ast.walk(node):
@@ -46,17 +46,15 @@ def reasons_of_call(node, constants):
     """Yield the reasons that a call is given."""
     if getattr(node.func, 'id', '') in PYTHON_CALLS:
         yield text_of(node.args[0], constants)
-    elif getattr(getattr(node.func, 'value', None), 'id', '') in PARTS:  # PART.append(…)
-        yield from parts_of(node.args[0])
 
 
 def reasons_of_assignment(node):
     """Yield the reasons that a variable is given."""
-    target = node.targets[0]
+    target = node.target if isinstance(node, ast.AugAssign) else node.targets[0]
     if getattr(target, 'attr', '') == 'problem':
         yield from problems_of(node.value)
     elif getattr(target, 'id', '') in PARTS:
-        yield from parts_of(node.value)
+        yield from split(text_of(node.value))
 
 
 def constants_of(tree):
@@ -75,19 +73,6 @@ def problems_of(node):
     branches = [node.body, node.orelse] if isinstance(node, ast.IfExp) else [node]
     for branch in branches:
         yield f'…: {text_of(branch)}'
-
-
-def parts_of(node):
-    """Yield the parts of reasons in an expression."""
-    if isinstance(node, ast.IfExp):
-        nodes = [node.body, node.orelse]
-    else:
-        nodes = getattr(node, 'elts', [node])
-    for each in nodes:
-        if isinstance(each, ast.List):
-            yield from parts_of(each)
-        else:
-            yield from split(text_of(each))
 
 
 def split(text):

@@ -71,8 +71,10 @@ Environment=AZURE_PROVISIONING_ATTEMPTS=1 AZURE_PROVISIONING_TIMEOUT=1
 """
 
 
-def has_failed(report, line):
-    """Assert that the unit failed with this line, stays enabled, and left the hostname alone."""
+def has_failed(report, *parts):
+    """Assert that the unit failed, with these parts of a reason in its last line, stays enabled, and
+    left the hostname alone.
+    """
     expect(
         report,
         {
@@ -82,7 +84,7 @@ def has_failed(report, line):
             'azure-provisioning.service:ActiveState': 'failed',
         },
     )
-    assert report['journal'][-1] == line, report['journal']
+    assert all(part in report['journal'][-1] for part in parts), report['journal']
 
 
 def boots_again(machine):
@@ -226,7 +228,7 @@ def no_wireserver(machine):
     with Azure(away=['wireserver']) as host:
         report = machine.boot()
         assert not host.requests, host.requests
-    has_failed(report, 'ready: gave up after 3 attempts: goal state: timed out; is this a VM on Azure?')
+    has_failed(report, 'ready: gave up after 3 attempts: ', '; is this a VM on Azure?')
     with Azure() as host:
         is_provisioned(machine.boot(), host.posts())
 
@@ -236,7 +238,7 @@ def no_imds(machine):
     with Azure(away=['imds']) as host:
         report = machine.boot()
         assert len(host.posts()) == 1, host.requests
-    has_failed(report, 'hostname: gave up after 3 attempts: ')
+    has_failed(report, 'hostname: gave up after 3 attempts: computerName: ')
     with Azure() as host:
         is_provisioned(machine.boot(), host.posts())
 

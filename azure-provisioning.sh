@@ -81,9 +81,7 @@ BODY_LIMIT=65536 # bytes of a reply's body
 ABSENT_AFTER=5   # replies of IMDS that it has no such value
 NEWLINE='
 '
-CARRIAGE_RETURN=$(printf '\r')
 SPACE=$(printf ' \t\n\r') # the characters that are white space in XML
-BYTE_ORDER_MARK=$(printf '\357\273\277')
 
 # This character stands for a text that must not be used. No value with it is valid.
 INVALID=$(printf '\001')
@@ -675,7 +673,9 @@ read_xml() {
     *'<') return 1 ;; # the loop would not see the empty piece behind it
     esac
     before=${body%%<*}
-    is_blank "${before#"$BYTE_ORDER_MARK"}" || return 1
+    if ! is_blank "$before"; then
+        is_blank "${before#"$(printf '\357\273\277')"}" || return 1 # a byte order mark
+    fi
     for piece in ${body#"$before<"}; do
         if is_markup "$piece"; then
             text=$INVALID
@@ -1196,7 +1196,8 @@ pick_keys() {
 #     ssh-rsa AAAA…
 #     no-pty ssh-rsa AAAA…
 split_keys() {
-    local each split='' IFS="$CARRIAGE_RETURN$NEWLINE"
+    local each split='' IFS
+    IFS=$(printf '\r')$NEWLINE
     for each in $1; do
         squeeze "$each"
         case $value in

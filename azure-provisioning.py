@@ -3,7 +3,7 @@
 # azure-provisioning.sh is the same program in shell, with the same sections and functions.
 #
 # Arguments, settings and exit statuses: see USAGE. Errors: a step that fails says so on stderr.
-# Needs Python 3.6 and its standard library. With -IS, Python imports modules from nowhere else.
+# Needs Python 3.6 and its standard library. -IS keeps Python from importing anything else.
 # Sources: https://learn.microsoft.com/azure/virtual-machines/linux/no-agent for the WireServer,
 # .../linux/provisioning for the DVD, .../instance-metadata-service for IMDS.
 """Provision a Linux VM on Azure, once, on its first boot."""
@@ -35,7 +35,7 @@ usage: azure-provisioning [-n | --dry-run] [STEP]...
 
 Provision this Linux VM on Azure. The steps run in the order given; the default
 is: ready hostname disable. The first step that fails ends the run. If "ready"
-comes after it, and not before, Azure is told NotReady, with the reason.
+was still to come, Azure is told NotReady, with the reason.
 
 steps:
   ready     report to Azure that this VM is Ready
@@ -81,18 +81,19 @@ settings = types.SimpleNamespace(
 # What changes during a run.
 progress = types.SimpleNamespace(
     has_reply=False,  # whether any server has answered so far
-    quick_looks_left=1200,  # at the routes, ten in a second; when none is left, one in a second
+    quick_looks_left=1200,  # at the routes, ten times a second; later ones are once a second
 )
 
-CONNECT_LIMIT = 3  # seconds of the timeout, at most, to connect
-BODY_LIMIT = 65536  # bytes of a reply's body
-ABSENT_AFTER = 5  # replies of IMDS that it has no such value
-SPACE = ' \t\n\r'  # the characters that are white space in XML
-ACCOUNT_NAME = '[A-Za-z_][A-Za-z0-9._-]{0,31}'  # of a user or a group
+CONNECT_LIMIT = 3  # seconds to connect, at most; they are part of the timeout
+BODY_LIMIT = 65536  # bytes of a reply's body, at most
+ABSENT_REPLIES = 5  # how often IMDS has to reply that it has no such value
+WHITE_SPACE = ' \t\n\r'  # the characters that are white space in XML
+ACCOUNT_NAME = '[A-Za-z_][A-Za-z0-9._-]{0,31}'  # a regular expression, for users and groups
 
-# Texts from files and servers have one character for each byte, as in the shell: Latin-1 does that.
+# All texts from files and servers are bytes in Latin-1: one character for each byte, as in the
+# shell.
 BYTE_ENCODING = 'latin-1'
-# This character stands for a text that must not be used. No value with it is valid.
+# A text that cannot be used is replaced by this character, which no valid value has.
 INVALID = '\1'
 
 
@@ -110,7 +111,7 @@ def complain(*lines):
 
 
 def print_lines(stream, lines):
-    """Print lines. The VM is provisioned whether or not somebody reads them."""
+    """Print lines. If they cannot be printed, go on: that must not keep the VM from being Ready."""
     if stream is not None:  # None: it is closed
         with contextlib.suppress(OSError, UnicodeError):
             print(*lines, sep='\n', file=stream, flush=True)
@@ -130,7 +131,7 @@ class Failed(Exception):
 
 
 def end_program(status):
-    """End the program. sys.exit would fail if something that was printed could not be written."""
+    """End the program. sys.exit would write what is still to be printed, which may fail."""
     os._exit(status)
 
 
@@ -155,7 +156,7 @@ def main(arguments):
 
 
 def find_step(name):
-    """Return the function of a step, or None if there is no such step: the table of all steps."""
+    """Return the function of a step, or None if there is no such step. This table has them all."""
     return {
         'ready': report_ready,
         'hostname': set_hostname,
@@ -198,18 +199,18 @@ def read_settings():
 
 
 def read_url(name, default):
-    """Return a base URL, without a '/' at its end; a usage error if it is not as below."""
+    """Return a base URL without a '/' at its end; a usage error if it is not HOST[:PORT][/PATH]."""
     url = os.environ.get(name, default)
     host = '[A-Za-z0-9._~-]+'
     port = '[1-9][0-9]{0,4}'
     path = '(/[A-Za-z0-9._~:-]+)*/?'
-    if not re.fullmatch(f'http://{host}(:{port})?{path}', url):  # http://HOST[:PORT][/PATH]
+    if not re.fullmatch(f'http://{host}(:{port})?{path}', url):
         usage_error(f'bad {name}')
     return url.rstrip('/')
 
 
 def read_number(name, default, least):
-    """Return a number of up to six digits, without leading zeros; a usage error if it is none."""
+    """Return a number from 0 to 999999, without leading zeros; a usage error if it is not one."""
     number = os.environ.get(name, str(default))
     if not re.fullmatch('0|[1-9][0-9]{0,5}', number) or int(number) < least:
         usage_error(f'bad {name}')
@@ -241,8 +242,9 @@ def run_steps(steps):
 
 def run_step(step):
     """Do a step. Whatever goes wrong in it, raise Failed."""
+    function = find_step(step)
     try:
-        find_step(step)()
+        function()
     except Failed:
         raise
     except Exception as error:  # one that nobody foresaw: Azure has to be told all the same
@@ -282,10 +284,12 @@ def run_twice(*command):
 
 
 def run_for_real(*command, input_line=None):
-    """Do the work of run. A dry run calls it only for what it has to undo: it mounts the DVD."""
-    given = None if input_line is None else f'{input_line}\n'.encode(BYTE_ENCODING)
+    """Do the work of run. A dry run calls it, too, to mount the DVD and to unmount it again."""
+    input_bytes = None
+    if input_line is not None:
+        input_bytes = f'{input_line}\n'.encode(BYTE_ENCODING)
     try:
-        return subprocess.run(command, input=given).returncode == 0
+        return subprocess.run(command, input=input_bytes).returncode == 0
     except OSError:
         return False
 
@@ -304,7 +308,9 @@ def ask(*command):
         )
     except OSError:
         return ''
-    return done.stdout.decode(BYTE_ENCODING).rstrip('\n') if done.returncode == 0 else ''
+    if done.returncode != 0:
+        return ''
+    return done.stdout.decode(BYTE_ENCODING).rstrip('\n')
 
 
 def say_done(line):
@@ -316,15 +322,16 @@ def say_done(line):
 def write_file(path, mode, content, owner=None):
     """Replace a file, or make a new one. After a power cut it is the old one or the new one.
 
-    mode: None keeps mode and owner of the old file. owner: (UID, GID), or None: the new file is
-    root's. Raise Failed if the file cannot be written.
+    mode: a number; None keeps the mode and the owner of the old file.
+    owner: (UID, GID); None makes the file root's.
+    Raise Failed if the file cannot be written.
     """
     if settings.dry_run:
         say(f'Would write {path}')
         return
     for attempt in (1, 2, 3):
         with contextlib.suppress(OSError):
-            if attempt == 3:  # nobody is writing this one any more
+            if attempt == 3:  # a run that ended early has left this file
                 remove_file(f'{path}.new')
             replace_file(path, mode, content, owner)
             return
@@ -341,7 +348,7 @@ def replace_file(path, mode, content, owner):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     if os.path.isdir(path):
         raise IsADirectoryError(path)
-    with open(new, 'xb') as file:  # x: it is not there; another copy of this program would lose it
+    with open(new, 'xb') as file:  # x fails if it is there: another copy is writing it
         file.write(content)
         if mode is None:
             former = os.stat(path)
@@ -411,8 +418,8 @@ def hang_up(connected_socket):
 def transfer(url, headers, data, limit, reply):
     """Do the work of exchange with http.client, which uses no proxy and follows no redirect.
 
-    Set these of the reply: socket and status as soon as there is one, then body, and problem at the
-    end, to '' if there is none.
+    Set reply.socket when it is connected, reply.status when that has come, reply.body when that has
+    come, and at last reply.problem, '' if there is none.
     """
     _, _, host_and_port, path = url.split('/', 3)  # http://HOST:PORT/PATH
     all_headers = {
@@ -437,7 +444,7 @@ def transfer(url, headers, data, limit, reply):
             reply.problem = read_body(response, limit, reply)
     except socket.timeout:
         reply.problem = 'timed out'
-    except (OSError, OverflowError, UnicodeError):  # of the socket, the port, the host name
+    except (OSError, OverflowError, UnicodeError):  # of the connection, the port, the host name
         reply.problem = 'broken reply' if reply.status else 'no connection'
     except Exception:  # http.client has several for what is not HTTP
         reply.problem = 'broken reply'
@@ -451,7 +458,7 @@ def read_body(response, limit, reply):
     if any(int(length) > limit for length in lengths):
         return 'reply too large'
     body = response.read(limit + 1)
-    if response.length:  # that many of the announced bytes are missing
+    if response.length:  # http.client counts it down: so many announced bytes are missing
         return 'broken reply'
     if len(body) > limit:
         return 'reply too large'
@@ -461,7 +468,11 @@ def read_body(response, limit, reply):
 
 
 class StrictResponse(http.client.HTTPResponse):
-    """A response whose chunk sizes are hexadecimal digits; http.client takes 0x10 and +5, too."""
+    """A response whose chunk sizes are hexadecimal digits alone.
+
+    http.client would also take 0x10 and +5. A later Python that does not call this method would do
+    no worse.
+    """
 
     def _read_next_chunk_size(self):
         line = self.fp.readline(1000)
@@ -479,9 +490,10 @@ def retry(step, function, *arguments, optional=False, attempts=None):
 
     The wait after the first attempt is 1 second, then 2, 3 and so on, up to settings.interval.
     attempts: None stands for settings.attempts. After all of them, raise Failed.
-    optional: the function requests a value that IMDS may not have. It then replies 404, or 400 if
-    it is too old to know the value. But while IMDS starts, it says 404 to everything. So return ''
-    only after ABSENT_AFTER such replies; if there are fewer attempts, after as many as there are.
+    optional: IMDS may not have the value that the function requests. IMDS then replies 404; one
+    that is too old to know the value replies 400. But while it starts, IMDS replies 404 to all
+    requests. So it is believed after ABSENT_REPLIES such replies, and '' is returned. If there are
+    fewer attempts than that, all have to end so.
     """
     attempts = attempts or settings.attempts
     absences = 0
@@ -491,13 +503,14 @@ def retry(step, function, *arguments, optional=False, attempts=None):
         try:
             return function(*arguments)
         except Failed as error:
-            failure = error
-        if str(failure) != last_reason or is_power_of_two(attempt):  # or the log would fill up
+            failure = error  # Python deletes the name behind "as"
+        # The same reason is not said each time, or the log would fill up.
+        if str(failure) != last_reason or is_power_of_two(attempt):
             complain(f'{step}: attempt {attempt} of {attempts}: {failure}')
         last_reason = str(failure)
         if optional and failure.status in (400, 404):
             absences += 1
-            if absences == min(ABSENT_AFTER, attempts):
+            if absences == min(ABSENT_REPLIES, attempts):
                 return ''
         if attempt < attempts:
             wait_for(min(attempt, settings.interval), routes if failure.no_reply else None)
@@ -513,7 +526,7 @@ def is_power_of_two(number):
 
 
 def wait_for(seconds, routes):
-    """Wait. If routes are given, stop when the kernel has others: the network has come up."""
+    """Wait. If routes are given, stop when the kernel's are others: the network has come up."""
     if routes is None:
         time.sleep(seconds)
         return
@@ -527,7 +540,7 @@ def wait_for(seconds, routes):
 
 
 def read_routes():
-    """Return what the kernel says of the routes, '' if it does not."""
+    """Return the kernel's table of routes, '' if it cannot be read."""
     with contextlib.suppress(OSError), open('/proc/self/net/route') as file:
         return file.read()
     return ''
@@ -620,7 +633,8 @@ def text_of(element):
     """Return the text of an element, INVALID if there are elements in it."""
     if len(element) > 0:
         return INVALID
-    return element.text or ''
+    text = element.text or ''
+    return text.encode().decode(BYTE_ENCODING)
 
 
 def find_squeezed(root, path):
@@ -629,13 +643,13 @@ def find_squeezed(root, path):
 
 
 def squeeze(text):
-    """Return a text without white space at its ends, and with one space for each run of it."""
+    """Return a text with one space in place of each run of white space, and none at its ends."""
     return ' '.join(split_words(text))
 
 
 def split_words(text):
-    """Return the words of a text, between SPACE. str.split splits at other characters, too."""
-    return re.findall(f'[^{SPACE}]+', text)
+    """Return the words of a text, as WHITE_SPACE splits it. str.split has more white space."""
+    return re.findall(f'[^{WHITE_SPACE}]+', text)
 
 
 def is_number(text):
@@ -652,9 +666,9 @@ def is_id(text):
 
 
 def set_hostname():
-    """Set the hostname that the user chose, or the VM's name in Azure if IMDS says there is none.
+    """Set the hostname that the user chose; or the VM's name in Azure, if IMDS says there is none.
 
-    An empty reply does not say so. It is a failed attempt, like any other that brings no name.
+    An empty reply does not say so; it is tried again.
     """
     say('Retrieving hostname from IMDS')
     name, _ = request_property('hostname', 'osProfile/computerName', 'HostName', optional=True)
@@ -677,19 +691,20 @@ def is_hostname(text):
 def store_hostname(name):
     """Set the hostname without systemd: in the kernel for this boot, in a file for later ones."""
     problems = ''
-    until = ''
     if has_command('hostnamectl'):
         problems = 'hostnamectl failed; '
-    if set_kernel_hostname(name):
-        until = f', so {name} lasts until the next boot'
-    else:
+    is_set = set_kernel_hostname(name)
+    if not is_set:
         problems += "cannot set the kernel's hostname; "
     try:
         write_file('/etc/hostname', 0o644, f'{name}\n'.encode())
     except Failed as failure:
+        until = ''
+        if is_set:
+            until = f', so {name} lasts until the next boot'
         raise Failed(f'{problems}{failure}{until}') from failure
-    if not until:
-        raise Failed(problems[: -len('; ')])
+    if not is_set:
+        raise Failed(problems.rstrip('; '))
 
 
 def set_kernel_hostname(name):
@@ -704,17 +719,19 @@ def set_kernel_hostname(name):
 
 
 def request_property(step, leaf, element, optional=False):
-    """Return a property that the user gave the VM, squeezed; and the DVD if it comes from there.
+    """Return a property that the user gave the VM, squeezed, and the root element of the DVD.
 
-    IMDS has it, as the leaf; but that of Azure Stack has nothing. The DVD has it, as the element.
-    1. If there is a drive: ask IMDS for some minutes, and then look on the DVD.
-    2. Ask IMDS, with all attempts.
-    The text is '' if IMDS does not have an optional property. Raise Failed after all attempts.
+    The property is a leaf in IMDS, and an element on the DVD. IMDS is asked first; but the one of
+    Azure Stack has no properties. So, if there is a drive:
+    1. Ask IMDS for some minutes.
+    2. Look on the DVD. If the text is from there, return its root, otherwise None.
+    And then, or if there is no drive:
+    3. Ask IMDS, with all attempts. The text is '' if IMDS does not have an optional property.
     """
-    if has_dvd():
-        text, dvd = request_from_both(step, leaf, element, optional)
+    if has_dvd_drive():
+        text, dvd_root = request_from_both(step, leaf, element, optional)
         if text:
-            return text, dvd
+            return text, dvd_root
     return retry(step, request_text, leaf, optional=optional), None
 
 
@@ -722,7 +739,7 @@ def request_text(leaf):
     """Return a value from IMDS, squeezed. Raise Failed if it is empty, or cannot be had."""
     text = squeeze(request_leaf(leaf))
     if not text:
-        raise Failed(f'{label_of(leaf)}: empty')
+        raise Failed(f'{last_part(leaf)}: empty')
     return text
 
 
@@ -733,12 +750,12 @@ def request_leaf(leaf, limit=BODY_LIMIT):
     """
     version = find_version(leaf)
     url = f'{settings.imds}/metadata/instance/compute/{leaf}?api-version={version}&format=text'
-    _, body = exchange(label_of(leaf), url, {'Metadata': 'true'}, limit=limit)
+    _, body = exchange(last_part(leaf), url, {'Metadata': 'true'}, limit=limit)
     return body.decode(BYTE_ENCODING)
 
 
 def find_version(leaf):
-    """Return the first version of IMDS that has a value: an old IMDS knows no other."""
+    """Return the first api-version that has a value, as an old IMDS refuses later ones."""
     if leaf.startswith('publicKeys'):
         return '2018-04-02'
     return {
@@ -751,8 +768,8 @@ def find_version(leaf):
     }[leaf]
 
 
-def label_of(leaf):
-    """Return the last part of a leaf's path, for messages."""
+def last_part(leaf):
+    """Return what messages call a leaf: the last part of its path."""
     return leaf.split('/')[-1]
 
 
@@ -761,7 +778,7 @@ def label_of(leaf):
 
 def disable_unit():
     """Disable the service, of systemd or OpenRC, so that the next boot does not run it."""
-    sync_all()
+    sync_all()  # before, or a power cut could leave it disabled and the rest undone
     # Without --no-reload, systemd would run all of its generators again.
     disabled = run('systemctl', '--no-reload', 'disable', 'azure-provisioning.service')
     if not disabled and not run('rc-update', 'del', 'azure-provisioning'):
@@ -770,15 +787,15 @@ def disable_unit():
 
 
 def sync_all():
-    """Have the disk store all changes: a power cut must not undo them after the run is over."""
+    """Have the disk store all changes, so that a power cut does not undo them."""
     if not settings.dry_run:
         os.sync()
 
 
 # ================================================================================================
-# The default run ends here. What follows runs only if another step is named. The one exception is
-# the section about the DVD: the step hostname looks there if IMDS has no hostname, and a drive is
-# there. In the unit of the default run there is none.
+# The default run ends here. What follows runs only if another step is named. There is one
+# exception: where the program can see a DVD drive, and IMDS has no hostname, the step hostname uses
+# the section about the DVD. In the sandbox of our unit, without a drop-in, it can see none.
 # ================================================================================================
 
 
@@ -787,28 +804,33 @@ def sync_all():
 
 def report_not_ready(reason):
     """Report to the WireServer that this VM will not be Ready, so that nobody waits for it."""
+    try:
+        details_xml = describe_failure(reason)
+        say('Retrieving goal state from the Wireserver')
+        retry('NotReady', report_health, 'NotReady', details_xml)
+    except Exception as failure:  # whatever it is: the run has failed anyway
+        complain(f'NotReady: {failure}')
+
+
+def describe_failure(reason):
+    """Return the part of the health report that tells Azure the reason."""
+    vm_id = request_vm_id() or read_vm_id()
     now = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
     agent = f'azure-provisioning/{VERSION}'
-    vm_id = request_vm_id() or read_vm_id()
     text = f'result=error|reason={reason}|agent={agent}|vm_id={vm_id}|timestamp={now}'
-    text = os.fsencode(text).decode(BYTE_ENCODING)  # one character for each byte
+    text = os.fsencode(text).decode(BYTE_ENCODING)  # the reason may have a path, as os.fsdecode has
     description = re.sub('[^ -~]', ' ', text[:512])  # ' ' to '~': ASCII that can be printed
     description = re.sub('[&<>]', ' ', description)
-    details = (
+    return (
         '<Details>'
         '<SubStatus>ProvisioningFailed</SubStatus>'
         f'<Description>{description}</Description>'
         '</Details>'
     )
-    say('Retrieving goal state from the Wireserver')
-    try:
-        retry('NotReady', report_health, 'NotReady', details)
-    except Exception as failure:  # the run has failed anyway
-        complain(f'NotReady: {failure}')
 
 
 def request_vm_id():
-    """Return the id of this VM as Azure's portal shows it, '' if IMDS does not tell it at once."""
+    """Return the id of this VM in Azure's portal, '' if IMDS does not tell it in one attempt."""
     try:
         vm_id = request_text('vmId')
     except Failed:
@@ -833,7 +855,7 @@ def is_vm_id(text):
 def read_file(path):
     """Return the text of a file without line feeds at its end, '' if there is no such file.
 
-    Raise Failed if it cannot be read, or is no text.
+    Raise Failed if it cannot be read, or has a byte that no text has.
     """
     if not os.path.lexists(path):
         return ''
@@ -850,7 +872,7 @@ def read_file(path):
 # ---- Step user: the account, its SSH keys, sudo or doas ----------------------------------------
 
 
-# How public keys of OpenSSH begin: with the type of key, and the beginning of that in base64.
+# How public keys of OpenSSH begin: TYPE BASE64. What the base64 encodes begins with the type again.
 KEY_BEGINNINGS = (
     'ssh-rsa AAAAB3Nz',
     'ssh-ed25519 AAAAC3Nz',
@@ -867,11 +889,11 @@ NO_LOGIN_REASON = 'no valid SSH key, and no password'
 def create_user():
     """Create the admin user, unless there is one, and let it log in with its keys."""
     say('Retrieving user from IMDS')
-    name, dvd = request_property('user', 'osProfile/adminUsername', 'UserName')
+    name, dvd_root = request_property('user', 'osProfile/adminUsername', 'UserName')
     if not is_user_name(name):
         raise Failed('no valid user name')
     say(f'User: {name}')
-    keys = request_keys() if dvd is None else find_keys(dvd)
+    keys = request_keys() if dvd_root is None else find_keys(dvd_root)
     if not find_account(name):
         add_account(name)
         if settings.dry_run:  # there is no account, and so no home to look at
@@ -892,7 +914,7 @@ def create_user():
 
 
 def is_user_name(text):
-    """Whether a text is a user name with a small letter: to sudo, ALL and its like are no names."""
+    """Whether a text is a user name with a small letter. To sudo, ALL is everybody, not a name."""
     return (
         re.fullmatch(ACCOUNT_NAME, text) is not None
         and re.search('[a-z]', text) is not None
@@ -911,10 +933,10 @@ def request_keys():
     if retry('user', request_text, leaf, optional=True) == 'false':
         return []
     # 3. The DVD has the keys, or says that there is a password.
-    if has_dvd():
+    if has_dvd_drive():
         with contextlib.suppress(Failed):
             return find_keys(retry('user', request_dvd, attempts=DVD_ATTEMPTS))
-    # 4. IMDS, while it starts, may have had no keys yet. It is asked again, and must have one now.
+    # 4. IMDS may have been starting. It is asked again, and has to have a key now.
     if not has_key_text:
         with contextlib.suppress(Failed):
             keys, _ = request_imds_keys(optional=False)
@@ -926,32 +948,36 @@ def request_keys():
 def request_imds_keys(optional):
     """Return the valid SSH keys of IMDS, and whether it has any text as a key, valid or not.
 
-    optional: IMDS may have no keys, and empty ones. Otherwise both are failed attempts.
+    optional: IMDS may have no list of keys, and empty keys. If not, both are tried again.
     """
     request = request_leaf if optional else request_text
     names = split_words(retry('user', request, 'publicKeys', optional=optional))
     keys = []
     has_key_text = False
     for number, name in enumerate(names):  # 0/ 1/ 2/ and so on
-        if name not in (f'{number}/', str(number)) or number > 99:
+        is_next = name in (f'{number}/', str(number))  # with or without its '/'
+        if not is_next or number > 99:
             raise Failed('publicKeys: no valid list')
         text = retry('user', request, f'publicKeys/{number}/keyData', optional=optional)
-        has_key_text = has_key_text or text != ''
+        has_key_text = has_key_text or squeeze(text) != ''
         keys += pick_keys(number, text)
     return keys, has_key_text
 
 
-def find_keys(dvd):
+def find_keys(dvd_root):
     """Return the user's valid SSH keys on the DVD. Raise Failed as request_keys does."""
     keys = []
-    elements = dvd.findall(f'{OVF_PATH}/SSH/PublicKeys/PublicKey/Value')
+    elements = dvd_root.findall(f'{OVF_PATH}/SSH/PublicKeys/PublicKey/Value')
     for number, element in enumerate(elements):
-        text = text_of(element).encode().decode(BYTE_ENCODING)
-        keys += pick_keys(number, text)
-    no_passwords = find_squeezed(dvd, f'{OVF_PATH}/DisableSshPasswordAuthentication').lower()
-    if not keys and no_passwords != 'false':
+        keys += pick_keys(number, text_of(element))
+    if not keys and find_passwords_disabled(dvd_root) != 'false':
         raise Failed(NO_LOGIN_REASON)
     return keys
+
+
+def find_passwords_disabled(dvd_root):
+    """Return what the DVD says about passwords for SSH: 'true', 'false', or something else."""
+    return find_squeezed(dvd_root, f'{OVF_PATH}/DisableSshPasswordAuthentication').lower()
 
 
 def pick_keys(number, text):
@@ -978,15 +1004,12 @@ def split_keys(text):
     for line in re.split('[\r\n]', text):
         if not squeeze(line):
             continue
-        if not keys or re.search('^(ssh|ecdsa|sk)-| (ssh|ecdsa|sk)-.* AAAA', squeeze(line)):
+        is_type = '^(ssh|ecdsa|sk)-'
+        has_type = ' (ssh|ecdsa|sk)-.* AAAA'
+        if not keys or re.search(f'{is_type}|{has_type}', squeeze(line)):
             keys.append('')
         keys[-1] += line
     return [squeeze(key) for key in keys] or ['']
-
-
-def remove_characters(characters, text):
-    """Return a text without these characters."""
-    return re.sub(f'[{characters}]', '', text)
 
 
 def is_ssh_key(text):
@@ -1006,7 +1029,7 @@ def has_control_character(text):
 def find_account(name):
     """Return a user's account, None if there is none. Raise Failed if its line is not valid.
 
-    password_field: its field in /etc/shadow, or in /etc/passwd if there is no /etc/shadow.
+    password_field: the second field in /etc/shadow, or in /etc/passwd if there is no /etc/shadow.
     owner: the numbers of the user and of its group.
     home, shell: paths.
     """
@@ -1020,7 +1043,7 @@ def find_account(name):
     if shadow_fields:
         password_field = shadow_fields[1]
     elif os.path.exists('/etc/shadow'):
-        password_field = '!'  # useradd was interrupted: without that line, the account is locked
+        password_field = '!'  # useradd was interrupted: no line there is the same as a locked one
     return types.SimpleNamespace(
         name=name,
         password_field=password_field,
@@ -1031,19 +1054,21 @@ def find_account(name):
 
 
 def find_fields(path, name):
-    """Return the fields of the first line for a name, in /etc/passwd and its like, or None."""
+    """Return the fields of the first line for a name, None if there is none.
+
+    path: that of /etc/passwd, or of a file like it. Raise Failed if it cannot be read.
+    """
     for line in read_file(path).split('\n'):
         if line.startswith(f'{name}:'):
             fields = line.split(':')
-            missing = 7 - len(fields)
-            return fields + [''] * missing
+            return fields + [''] * 7  # the line may have fewer than the usual seven
     return None
 
 
 def add_account(name):
-    """Make the user. If there is a group of that name, it is the user's; otherwise one is made.
+    """Make the user, in the group of the same name, if there is one; otherwise that is made, too.
 
-    The caller looks in /etc/passwd whether it worked.
+    The caller looks in /etc/passwd whether it worked. Raise Failed if /etc/group cannot be read.
     """
     shell = '/bin/bash' if os.access('/bin/bash', os.X_OK) else '/bin/sh'
     useradd = ['useradd', '-m', '-s', shell]
@@ -1056,10 +1081,13 @@ def add_account(name):
 
 
 def is_system_account(account):
-    """Whether an account is not for people: its number is below UID_MIN in /etc/login.defs."""
+    """Whether an account is not for people: its number is below UID_MIN in /etc/login.defs.
+
+    Raise Failed if that cannot be read.
+    """
     least = 1000
     for line in read_file('/etc/login.defs').split('\n'):
-        words = line.split()
+        words = split_words(line)
         if len(words) == 2 and words[0] == 'UID_MIN' and is_number(words[1]):
             least = int(words[1])
     return account.owner[0] < least
@@ -1068,8 +1096,7 @@ def is_system_account(account):
 def unlock_account(account):
     """Unlock an account: without PAM, sshd refuses the keys of one that is locked.
 
-    An account is locked by a '!' at the beginning of its password field. With '*' as the whole
-    field, the account is not locked, and no password fits.
+    '!…' in the password field locks an account. '*' does not, though no password fits it.
     """
     if account.password_field.startswith('!'):
         name = account.name
@@ -1083,12 +1110,12 @@ def authorize_keys(account, keys):
     path = find_keys_file(account)
     folder = os.path.dirname(path)
     for each in (folder, path):
-        if os.path.islink(each):  # root must not write where the user says
+        if os.path.islink(each):  # root would write wherever the user has it point
             raise Failed(f'{each}: a symlink is in the way')
     make_keys_folder(account, folder)
     owner = account.owner
     mode = 0o600
-    if not is_in_home(account, path):  # then it is root's, and the user has to be able to read it
+    if not is_in_home(account, path):  # a file of root's, which the user has to be able to read
         owner = None
         mode = 0o644
     text = read_file(path)
@@ -1137,7 +1164,8 @@ def expand_pattern(account, pattern):
 def ask_sshd(name):
     """Return how sshd is configured for a user, lines of 'keyword value'; '' if it does not tell.
 
-    Without -G, which OpenSSH 9.3 brought, it tells nothing as long as it has no host keys.
+    At the first boot, sshd may have no host keys yet. It then tells nothing without -G, which it
+    has since OpenSSH 9.3.
     """
     connection = f'user={name},host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22'
     return ask('sshd', '-T', '-G', '-C', connection) or ask('sshd', '-T', '-C', connection)
@@ -1154,16 +1182,16 @@ def make_keys_folder(account, folder):
     make_home(account)
     make_public_folder(folder)
     if is_in_home(account, folder):
-        part = folder
-        while is_in_home(account, part):  # for ~/.ssh/keys: that, and ~/.ssh
-            run_to_make(folder, 'chown', '-h', f'{uid}:{gid}', part)
-            part = os.path.dirname(part)
+        each = folder
+        while is_in_home(account, each):  # for ~/.ssh/keys: that, and ~/.ssh
+            run_to_make(folder, 'chown', '-h', f'{uid}:{gid}', each)
+            each = os.path.dirname(each)
         run_to_make(folder, 'chmod', '700', folder)
         run_to_make(folder, 'chmod', 'u+rwx,go-w', account.home)
 
 
 def make_home(account):
-    """Make the home if it is missing. If it is root's, finish it: useradd was interrupted.
+    """Make the home if it is missing. If it is root's, do what is left: useradd was interrupted.
 
     Raise Failed if it is somebody else's: the keys in it are theirs, too.
     """
@@ -1173,8 +1201,8 @@ def make_home(account):
         owner_of_home = os.stat(home).st_uid
         if owner_of_home == uid:
             return
-        is_deep = re.match('/.*/.', home)  # not / or /usr, which are root's as they should be
-        if owner_of_home != 0 or not is_deep:
+        is_top = not re.match('/.*/.', os.path.realpath(home))  # / or /usr: useradd made another
+        if owner_of_home != 0 or is_top:
             raise Failed(f'{home}: belongs to another user')
     else:
         make_public_folder(home)
@@ -1200,14 +1228,16 @@ def run_to_make(path, *command):
 
 
 def restore_labels(step, path):
-    """Give a path, and all in it, the labels that SELinux wants, if there is SELinux."""
+    """Give a path, and all in it, the labels of SELinux, if there is SELinux."""
     if has_command('restorecon') and not run('restorecon', '-R', path):
         complain(f'{step}: restorecon failed for {path}')
 
 
 def join_groups(name):
-    """Add the user to the groups of the settings that there are."""
-    for group in filter(None, settings.groups.split(',')):
+    """Add the user to those groups of the settings that are there."""
+    for group in settings.groups.split(','):
+        if group == '':  # the setting is empty
+            continue
         if find_fields('/etc/group', group) is None:
             complain(f'user: there is no group {group}')
         elif not run('usermod', '-a', '-G', group, name) and not run('addgroup', name, group):
@@ -1217,8 +1247,8 @@ def join_groups(name):
 def grant_root(name):
     """Let the user become root without a password, with sudo or else with doas.
 
-    Each checks a rule before it is written. It is no failure if none accepts one: the user can
-    log in.
+    visudo and doas check the rule before it is written. If neither accepts it, that is no failure,
+    as the user can log in.
     """
     rule = f'{name} ALL=(ALL:ALL) NOPASSWD:ALL'
     # With sudo and doas, the last rule that fits counts: that in a file whose name begins with zz.
@@ -1234,7 +1264,9 @@ def grant_root(name):
     rules = add_last_line(read_file(path), f'permit nopass {name}')
     if run('doas', '-C', '/dev/stdin', input_line=rules):
         path = os.path.realpath(path)
-        mode = None if os.path.exists(path) else 0o440
+        mode = 0o440
+        if os.path.exists(path):
+            mode = None  # keeps the one it has
         write_file(path, mode, f'{rules}\n'.encode(BYTE_ENCODING))
         restore_labels('user', path)
         remove_former('/etc/doas.d/azure-provisioning.conf')
@@ -1272,8 +1304,8 @@ def add_last_line(text, line):
 DVD_FOLDER = '/run/azure-provisioning/dvd'
 OVF_FILE = f'{DVD_FOLDER}/ovf-env.xml'
 DVD_ATTEMPTS = 30  # the drive, or the medium in it, may come late
-ATTEMPTS_BEFORE_DVD = 60  # at a value of IMDS that is also on the DVD: five minutes
-DATA_LIMIT = 122880  # bytes of ovf-env.xml or user data: 64 KiB in base64 have room
+ATTEMPTS_BEFORE_DVD = 60  # at IMDS, for what is also on the DVD: five minutes
+DATA_LIMIT = 122880  # bytes of ovf-env.xml or user data, at most: enough for 64 KiB in base64
 OVF_PATH = 'ProvisioningSection/LinuxProvisioningConfigurationSet'
 
 
@@ -1288,53 +1320,52 @@ def request_dvd():
     if not document:
         raise Failed('ovf-env.xml: cannot be read')
     root = None
-    if len(document) <= DATA_LIMIT and is_utf_8(document):
+    if len(document) <= DATA_LIMIT and may_be_utf_8(document):
         root = read_xml('Environment', document)
     if root is None:
         raise Failed('ovf-env.xml: not an OVF environment')
     return root
 
 
-def is_utf_8(document):
-    """Whether a document is ASCII alone, or does not say that it has another encoding than UTF-8.
+def may_be_utf_8(document):
+    """Whether a document can be UTF-8: it is ASCII alone, or names no other encoding.
 
-    It would say so at its top: <?xml version="1.0" encoding="UTF-16"?>
+    It would name one in its declaration: <?xml version="1.0" encoding="UTF-16"?>
     """
     if re.search(b'[^\x00-\x7f]', document) is None:
         return True
-    declaration = document.partition(b'?>')[0]
-    encoding = re.search(b'encoding *= *["\']([^"\']*)', declaration)
+    _, _, behind = document.partition(b'<?xml')
+    declaration, _, _ = behind.partition(b'?>')
+    encoding = re.search(b'encoding[ \t\r\n]*=[ \t\r\n]*["\']([^"\']*)', declaration)
     return encoding is None or encoding.group(1).upper() in (b'UTF-8', b'US-ASCII')
 
 
-def has_dvd():
-    """Whether there is a drive. The DVD is in it at the first boot, or comes soon."""
+def has_dvd_drive():
+    """Whether there is a DVD drive. At the first boot, the DVD is in it, or comes soon."""
     return os.path.exists('/dev/sr0')
 
 
 def request_from_both(step, leaf, element, optional):
-    """Do the first part of request_property: ask IMDS for some minutes, then look on the DVD.
-
-    The text is '' if neither has the property.
-    """
+    """Do the first two parts of request_property. The text is '' if neither has the property."""
     attempts = min(ATTEMPTS_BEFORE_DVD, settings.attempts)
     with contextlib.suppress(Failed):
         text = retry(step, request_text, leaf, optional=optional, attempts=attempts)
         if text:
             return text, None
-    with contextlib.suppress(Failed):
-        dvd = retry(step, request_dvd, attempts=DVD_ATTEMPTS)
-        return find_squeezed(dvd, f'{OVF_PATH}/{element}'), dvd
-    return '', None
+    try:
+        dvd_root = retry(step, request_dvd, attempts=DVD_ATTEMPTS)
+    except Failed:
+        return '', None
+    return find_squeezed(dvd_root, f'{OVF_PATH}/{element}'), dvd_root
 
 
 def mount_dvd():
     """Mount the DVD where only root can see it, unless it is mounted: an umount may have failed."""
     mount = ['mount', '-t', 'udf,iso9660', '-o', 'ro,nosuid,nodev,noexec', '/dev/sr0', DVD_FOLDER]
-    run_for_real('mkdir', '-p', DVD_FOLDER)
+    is_folder = run_for_real('mkdir', '-p', DVD_FOLDER)
     if os.path.exists(OVF_FILE):
         return
-    if not has_dvd() or not run_for_real(*mount):
+    if not is_folder or not has_dvd_drive() or not run_for_real(*mount):
         raise Failed('ovf-env.xml: no DVD')
 
 
@@ -1345,7 +1376,7 @@ SSHD_CONFIG = '/etc/ssh/sshd_config'
 SSHD_DEFAULT = '/usr/etc/ssh/sshd_config'  # of openSUSE; counts if there is none in /etc
 SSHD_DROP_INS = '/etc/ssh/sshd_config.d/*.conf'
 OUR_DROP_IN = '/etc/ssh/sshd_config.d/00-azure-provisioning.conf'
-# The last two are one setting since OpenSSH 8.7. Before, either of them lets in with a password.
+# Each of them can let in with a password. Since OpenSSH 8.7, the last two are one setting.
 SSHD_KEYWORDS = (
     'PasswordAuthentication',
     'ChallengeResponseAuthentication',
@@ -1361,17 +1392,16 @@ def set_password():
     if not is_user_name(name):
         raise Failed('no valid user name')
     password = find_text(root, f'{OVF_PATH}/UserPassword')
-    password = password.encode().decode(BYTE_ENCODING)  # one character for each byte of UTF-8
-    if has_control_character(password) or len(password) > 72:  # Azure allows no more
+    if has_control_character(password) or len(password) > 72:  # bytes; Azure allows no more
         raise Failed('no valid password')
     is_given = password not in ('', 'REDACTED')  # cloud-init's copy of the file has the latter
     if is_given:
         store_password(name, password)
         say_done('Password set')
-    no_passwords = find_squeezed(root, f'{OVF_PATH}/DisableSshPasswordAuthentication').lower()
-    if no_passwords == 'true':
+    passwords_disabled = find_passwords_disabled(root)
+    if passwords_disabled == 'true':
         configure_sshd(name, 'no')
-    elif no_passwords == 'false' or is_given:
+    elif passwords_disabled == 'false' or is_given:
         configure_sshd(name, 'yes')
 
 
@@ -1381,16 +1411,16 @@ def store_password(name, password):
     if not run('chpasswd', input_line=line):
         raise Failed('chpasswd failed')
     fields = find_fields('/etc/shadow', name) or find_fields('/etc/passwd', name)
-    if not fields:
+    if not fields:  # a dry run
         return
-    # BusyBox may make a hash of 13 characters, which uses only eight characters of the password.
-    is_short = len(fields[1]) == 13 and '$' not in fields[1]
-    if is_short and not run('chpasswd', '-c', 'SHA512', input_line=line):
+    # The old hash of BusyBox uses only eight characters of the password.
+    is_weak = len(fields[1]) == 13 and '$' not in fields[1]
+    if is_weak and not run('chpasswd', '-c', 'SHA512', input_line=line):
         raise Failed('chpasswd failed')
 
 
 def configure_sshd(name, yes_or_no):
-    """Have sshd take passwords, or not, in all of the ways that it has.
+    """Have sshd take passwords, or not, by all of the SSHD_KEYWORDS.
 
     Of several lines for one setting, sshd takes the first. So ours stand in a drop-in that it reads
     before all else, or at the top of its configuration.
@@ -1400,17 +1430,17 @@ def configure_sshd(name, yes_or_no):
         if yes_or_no == 'no' and has_command('dropbear'):
             complain('password: dropbear still accepts passwords')
         return
-    ours = [f'{keyword} {yes_or_no}' for keyword in SSHD_KEYWORDS]
+    our_lines = [f'{keyword} {yes_or_no}' for keyword in SSHD_KEYWORDS]
     lines = read_file(config).split('\n')
     if includes_drop_ins(lines):
         path = OUR_DROP_IN
-        write_file(path, 0o600, ''.join(f'{line}\n' for line in ours).encode())
+        write_file(path, 0o600, ''.join(f'{line}\n' for line in our_lines).encode())
     elif config == SSHD_DEFAULT:  # it belongs to the distribution: not to be changed
         raise Failed(f'{SSHD_DEFAULT}: no Include {SSHD_DROP_INS} at the top')
     else:
         while lines and lines[0].split(' ')[0] in SSHD_KEYWORDS:  # those of an earlier run
             del lines[0]
-        content = '\n'.join(ours + lines).rstrip('\n') + '\n'
+        content = '\n'.join(our_lines + lines).rstrip('\n') + '\n'
         path = os.path.realpath(SSHD_CONFIG)
         write_file(path, None, content.encode(BYTE_ENCODING))
     restore_labels('password', path)
@@ -1429,7 +1459,7 @@ def includes_drop_ins(lines):
 
 
 def check_sshd(name, yes_or_no):
-    """Raise Failed if sshd says that it does otherwise for the user.
+    """Ask sshd what it does for the user; raise Failed if that is not what we have written.
 
     Other lines may count more than ours: those in a Match, or in a file that sshd reads before.
     """
@@ -1437,7 +1467,7 @@ def check_sshd(name, yes_or_no):
         return
     lines = ask_sshd(name).split('\n')
     if lines == ['']:
-        complain('password: sshd does not tell what it does')  # an old one, without host keys
+        complain('password: sshd does not tell what it does')  # see ask_sshd
     elif yes_or_no == 'yes' and 'passwordauthentication no' in lines:
         raise Failed(f'sshd still refuses passwords from {name}')
     elif yes_or_no == 'no' and any(f'{each.lower()} yes' in lines for each in SSHD_KEYWORDS):
@@ -1447,8 +1477,10 @@ def check_sshd(name, yes_or_no):
 def reload_sshd():
     """Have sshd read its configuration again, if it is running. If not, it will at its start."""
     reload_unit = ['systemctl', 'try-reload-or-restart']
-    if not run(*reload_unit, 'sshd.service') and not run(*reload_unit, 'ssh.service'):
-        run('rc-service', '--ifstarted', 'sshd', 'reload')
+    for unit in ('sshd.service', 'ssh.service'):
+        if run(*reload_unit, unit):
+            return
+    run('rc-service', '--ifstarted', 'sshd', 'reload')
 
 
 # ---- Step data ---------------------------------------------------------------------------------
@@ -1472,8 +1504,8 @@ def save_data():
 
 
 def save_decoded(label, path, text):
-    """Write what a text in base64 encodes. If that is nothing, remove the file, of another VM."""
-    text = remove_characters(SPACE, text)
+    """Write what a text in base64 encodes. If it is empty, remove the file that the image has."""
+    text = ''.join(split_words(text))
     if not is_base64(text):
         raise Failed(f'{label}: no base64')
     if text:
@@ -1548,32 +1580,35 @@ def find_client(interface):
     return ''
 
 
-DHCPCD_PID = '/run/dhcpcd/pid'  # of a dhcpcd for all interfaces; another takes no hostname
+DHCPCD_PID = '/run/dhcpcd/pid'  # of a dhcpcd for all interfaces; one for a single one ignores -h
 
 
 def dhcpcd_lease(interface):
-    """Return the path of dhcpcd's lease. It is still there when dhcpcd has ended."""
+    """Return the path of dhcpcd's lease, which does not go when dhcpcd ends."""
     return f'/var/lib/dhcpcd/{interface}.lease'
 
 
 def networkd_lease(interface):
-    """Return the path of systemd-networkd's lease. It goes when systemd-networkd ends."""
-    index = read_file(f'/sys/class/net/{interface}/ifindex')
+    """Return the path of systemd-networkd's lease, which goes when systemd-networkd ends."""
+    index = ask('cat', f'/sys/class/net/{interface}/ifindex')
     return f'/run/systemd/netif/leases/{index}'
 
 
 def find_process(client, interface):
-    """Return the first process of a client for the interface: PID COMMAND [ARGUMENT]..., or ''."""
-    pattern = f'^([^ ]*[/ ])?{client} (.* )?{interface}( |$)'
+    """Return the first process of a client for the interface, '' if there is none. For example:
+
+    812 /sbin/dhclient -4 -q -pf /run/dhclient.eth0.pid eth0
+    """
+    pattern = f'^([^ ]*/)?(busybox )?{client} (.* )?{interface}( |$)'
     return ask('pgrep', '-a', '-f', pattern).split('\n')[0]
 
 
 def tell_server(client, interface, name):
     """Have the client tell its server the hostname; return whether the server has heard it.
 
-    For nmcli, return whether NetworkManager will tell it: that goes on until the server answers.
+    NetworkManager does not show that; for nmcli, return whether it has been asked to tell it.
     """
-    if client == 'networkctl':
+    if client == 'networkctl':  # networkd takes the hostname from the kernel
         return renew_lease(networkd_lease(interface), client, 'reconfigure', interface)
     if client == 'nmcli':
         return run(client, 'device', 'modify', interface, 'ipv4.dhcp-hostname', name)
@@ -1581,8 +1616,8 @@ def tell_server(client, interface, name):
         return renew_lease(dhcpcd_lease(interface), client, '-n', '-h', name, interface)
     if client == 'dhclient':
         return run_second_dhclient(interface)
-    # udhcpc: a second one, as the running one takes no hostname. It asks once and ends. Its script
-    # would set up the interface; /bin/true does nothing.
+    # udhcpc: a second one, which asks once and ends, as the running one takes no hostname. Instead
+    # of the script that sets up the interface, it runs /bin/true.
     option = f'hostname:{name}'
     return run(client, '-n', '-q', '-f', '-i', interface, '-x', option, '-s', '/bin/true')
 
@@ -1595,7 +1630,7 @@ def renew_lease(lease, *command):
     if settings.dry_run:
         return True
     waited = 0
-    while read_stamp(lease) in ('', old):
+    while read_stamp(lease) in ('', old):  # it is removed, or not written again yet
         if waited == 5:
             return False
         time.sleep(1)
@@ -1616,8 +1651,8 @@ def run_second_dhclient(interface):
     """Run a second dhclient, as the running one cannot be asked.
 
     Return whether the server has heard it. The second one has the arguments of the running one, and
-    its identity (DUID), so that it gets the same address; but not its lease, with which it would
-    ask nobody. Its script would set up the interface; /bin/true does nothing.
+    its identity (DUID), so that it gets the same address. It does not have the lease, as it would
+    use that and ask nobody. Instead of the script that sets up the interface, it runs /bin/true.
     """
     words = find_process('dhclient', interface).split(' ')[2:]  # without PID and command
     if not words:  # it has ended
@@ -1632,13 +1667,13 @@ def run_second_dhclient(interface):
     pid_file = f'{second_leases}.pid'
     words = [word for word in words if word not in ('-d', '-nw')]  # so that it waits for an answer
     words += ['-q', '-sf', '/bin/true', '-pf', pid_file, '-lf', second_leases]
-    told = False
-    with contextlib.suppress(Failed):  # told is False then
+    is_told = False
+    with contextlib.suppress(Failed):  # the file cannot be written
         write_file(second_leases, 0o600, f'{identity}\n'.encode(BYTE_ENCODING))
-        # -1: ask once; it then goes on in the background. -x: end it.
-        told = run('dhclient', *words, '-1') and run('dhclient', *words, '-x')
+        # With -1 it asks, and goes on in the background. With -x it is ended.
+        is_told = run('dhclient', *words, '-1') and run('dhclient', *words, '-x')
     run('rm', '-f', second_leases, pid_file)
-    return told
+    return is_told
 
 
 def find_value(option, words):
@@ -1670,18 +1705,19 @@ def is_remembered():
     try:
         remembered = read_file(VM_ID_FILE)
     except Failed:
-        remembered = ''
-    vm_id = read_vm_id()
-    if not vm_id or remembered not in (vm_id, swap_bytes(vm_id)):
         return False
-    say(f'Already provisioned: {remembered}')
-    return True
+    vm_id = read_vm_id()
+    if vm_id and remembered in (vm_id, swap_bytes(vm_id)):
+        say(f'Already provisioned: {remembered}')
+        return True
+    return False
 
 
 def swap_bytes(vm_id):
     """Return an id with the bytes of its first three groups in the other order.
 
-    Firmware shows the id of a VM in one order or the other. An update may change it.
+    00112233-4455-6677-… becomes 33221100-5544-7766-…, and the other way round. Firmware shows the
+    id of a VM in one order or the other. An update may change it.
     """
     return re.sub('^(..)(..)(..)(..)-(..)(..)-(..)(..)-', r'\4\3\2\1-\6\5-\8\7-', vm_id)
 

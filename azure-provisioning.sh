@@ -11,10 +11,10 @@
 #
 # How to read this file:
 # - UPPERCASE variables are settings and constants.
-# - A function uses its arguments, and the variables that its comment names with a $. Some of them
-#   are local variables of its caller.
+# - A function uses its arguments, and the variables that its comment names with a $. "Its caller's
+#   $x" is a local variable there.
 # - The comment says which variables it sets. A function that finds or makes one text sets $value,
-#   which the next such function overwrites.
+#   which the next such function overwrites; but read_file sets $text, and find_line sets $line.
 # - A function "can fail": it then sets $reason, for a line on stderr, and returns 1. `fail` does
 #   both, so that this line leaves a function that can fail:
 #       CHECK || fail 'the reason' || return
@@ -31,7 +31,7 @@ USAGE='usage: azure-provisioning [-n | --dry-run] [STEP]...
 
 Provision this Linux VM on Azure. The steps run in the order given; the default
 is: ready hostname disable. The first step that fails ends the run. If "ready"
-comes after it, and not before, Azure is told NotReady, with the reason.
+was still to come, Azure is told NotReady, with the reason.
 
 steps:
   ready     report to Azure that this VM is Ready
@@ -74,21 +74,22 @@ DRY_RUN=
 
 # What changes during a run.
 has_reply=''          # whether any server has answered so far
-quick_looks_left=1200 # at the routes, ten in a second; when none is left, one in a second
+quick_looks_left=1200 # at the routes, ten times a second; later ones are once a second
 
-CONNECT_LIMIT=3  # seconds of the timeout, at most, to connect
-BODY_LIMIT=65536 # bytes of a reply's body
-ABSENT_AFTER=5   # replies of IMDS that it has no such value
+CONNECT_LIMIT=3  # seconds to connect, at most; they are part of the timeout
+BODY_LIMIT=65536 # bytes of a reply's body, at most
+ABSENT_REPLIES=5 # how often IMDS has to reply that it has no such value
 NEWLINE='
 '
-SPACE=$(printf ' \t\n\r') # the characters that are white space in XML
+WHITE_SPACE=$(printf ' \t\n\r') # the characters that are white space in XML
 
-# This character stands for a text that must not be used. No value with it is valid.
+# A text that cannot be used is replaced by this character, which no valid value has.
 INVALID=$(printf '\001')
 
 # ---- Messages and failures ---------------------------------------------------------------------
 
-# say LINE...: print lines to stdout. The VM is provisioned whether or not somebody reads them.
+# say LINE...: print lines to stdout. If they cannot be printed, go on: that must not keep the VM
+# from being Ready.
 say() {
     { printf '%s\n' "$@" || :; } 2>/dev/null
 }
@@ -131,7 +132,8 @@ main() {
     run_steps
 }
 
-# find_step NAME: sets $function to the function of a step, or returns 1: the table of all steps
+# find_step NAME: sets $function to the function of a step, or returns 1 if there is no such step.
+# This table has them all.
 find_step() {
     case $1 in
     ready) function=report_ready ;;
@@ -158,11 +160,11 @@ parse_arguments() {
             ;;
         -h | --help)
             say "$USAGE"
-            exit
+            exit 0
             ;;
         --version)
             say "azure-provisioning $VERSION"
-            exit
+            exit 0
             ;;
         *)
             find_step "$argument" || usage_error "unknown step or option: $argument"
@@ -187,13 +189,15 @@ check_settings() {
 
 # check_url NAME URL: a usage error if the base URL is not http://HOST[:PORT][/PATH]
 check_url() {
-    local address="${2#http://}" host_and_port port
+    local address host_and_port port
     case $2 in
     http://*) ;;
     *) usage_error "bad $1" ;;
     esac
+    address=${2#http://}
     case $address in
-    '' | :* | /* | *//* | *[!A-Za-z0-9._~:/-]*) usage_error "bad $1" ;;
+    '' | :* | /*) usage_error "bad $1" ;; # no HOST
+    *//* | *[!A-Za-z0-9._~:/-]*) usage_error "bad $1" ;;
     esac
     host_and_port=${address%%/*}
     case $host_and_port in
@@ -205,19 +209,20 @@ check_url() {
     esac
 }
 
-# check_number NAME NUMBER LEAST: a usage error if it is no number of up to six digits, without
+# check_number NAME NUMBER LEAST: a usage error if it is not a number from LEAST to 999999, without
 # leading zeros
 check_number() {
     case $2 in
-    '' | *[!0-9]* | 0?*) usage_error "bad $1" ;;
+    '' | *[!0-9]*) usage_error "bad $1" ;;
+    0?*) usage_error "bad $1" ;; # a leading zero
     esac
     if [ "${#2}" -gt 6 ] || [ "$2" -lt "$3" ]; then
         usage_error "bad $1"
     fi
 }
 
-# check_groups NAME GROUPS: a usage error if they are not valid names of groups, separated by
-# commas, or ''
+# check_groups NAME GROUPS: a usage error if they are not names of groups, with commas between them,
+# or ''
 check_groups() {
     local group IFS=','
     case $2 in
@@ -263,7 +268,7 @@ has_word() {
 
 # ---- Commands and files ------------------------------------------------------------------------
 
-# has_command NAME: whether there is such a program on PATH
+# has_command NAME: whether there is such a program on PATH, or the shell has one of its own
 has_command() {
     command -v "$1" >/dev/null
 }
@@ -305,17 +310,19 @@ say_done() {
 }
 
 # write_file FILE MODE OWNER COMMAND [ARGUMENT]...: replace a file, or make a new one, by what the
-# command prints. After a power cut it is the old one or the new one. MODE: '' keeps mode and
-# owner of the old file. OWNER: UID:GID, or '': the new file is root's. Can fail.
+# command prints. After a power cut it is the old one or the new one. Can fail. For example:
+#     write_file /etc/hostname 644 '' printf '%s\n' "$name"
+#
+# MODE: a number; '' keeps the mode and the owner of the old file.
+# OWNER: UID:GID; '' makes the file root's.
 write_file() {
-    local file="$1" mode="$2" owner="$3" attempt
-    shift 3
+    local file="$1" attempt
     if [ -n "$DRY_RUN" ]; then
         say "Would write $file"
         return
     fi
     for attempt in 1 2 3; do
-        if [ $attempt = 3 ]; then # nobody is writing this one any more
+        if [ $attempt = 3 ]; then # a run that ended early has left this file
             rm -f "$file.new" 2>/dev/null
         fi
         if replace_file "$@" 2>/dev/null; then
@@ -329,41 +336,43 @@ write_file() {
     fail "cannot write $file"
 }
 
-# replace_file COMMAND [ARGUMENT]...: do the work of write_file, with its $file, $mode and $owner;
-# returns 1 if that is not possible
+# replace_file FILE MODE OWNER COMMAND [ARGUMENT]...: do the work of write_file; returns 1 if that
+# is not possible
 replace_file() {
+    local file="$1" new="$1.new" mode="$2" owner="$3"
+    shift 3
     mkdir -p "${file%/*}" || return 1
     if [ -d "$file" ]; then # mv would put the new file into it
         return 1
     fi
     (
-        set -C # the file must not be there; another copy of this program would lose it
-        "$@" >"$file.new"
+        set -C # fails if the file is there: another copy is writing it
+        "$@" >"$new"
     ) || return 1
     if [ -n "$mode" ]; then
         if [ -n "$owner" ]; then
-            chown -h "$owner" "$file.new" || return 1
+            chown -h "$owner" "$new" || return 1
         fi
-        chmod "$mode" "$file.new" || return 1
+        chmod "$mode" "$new" || return 1
     else
-        copy_attributes || return 1
+        copy_attributes "$file" "$new" || return 1
     fi
-    sync_path "$file.new" || return 1 # before the rename, or a power cut could leave an empty file
-    mv -f "$file.new" "$file" || return 1
+    sync_path "$new" || return 1 # before the rename, or a power cut could leave an empty file
+    mv -f "$new" "$file" || return 1
     sync_path "${file%/*}"
 }
 
-# copy_attributes: give $file.new the mode and the owner of $file. cp also copies what is in it, so
-# that the new content has to be written once more. Returns 1 if that is not possible.
+# copy_attributes FILE NEW: give the file NEW the mode and the owner of FILE; returns 1 if that is
+# not possible. cp also overwrites what is in NEW, which is written again.
 copy_attributes() {
     local content
     content=$(
-        cat "$file.new" || exit 1
+        cat "$2" || exit 1
         echo . # keeps the line feeds at the end
     ) || return 1
     content=${content%.}
-    cp -p "$file" "$file.new" || return 1
-    printf %s "$content" >"$file.new"
+    cp -p "$1" "$2" || return 1
+    printf %s "$content" >"$2"
 }
 
 # sync_path PATH: have the disk store a file, or the names of the files in a folder
@@ -390,9 +399,10 @@ exchange() {
         --header 'Accept-Encoding: identity' \
         --header 'Connection: close'
     if has_command curl; then
-        { take_reply "$(send_with_curl "$@")"; } 2>/dev/null
+        { take_reply "$(send_with_curl "$@")"; } 2>/dev/null # Bash would warn of a NUL byte
     else
-        # head ends what has no end. The shell would drop a NUL byte: tr makes it INVALID.
+        # head bounds the body, with room for the lines behind it. The shell would drop a NUL byte:
+        # tr makes it INVALID.
         take_reply "$(send_with_wget "$@" 2>/dev/null |
             head -c $((limit + 100)) |
             tr '\000' "$INVALID")"
@@ -401,15 +411,14 @@ exchange() {
     '000:no connection' | '000:timed out') no_reply=yes ;;
     *) has_reply=yes ;;
     esac
-    case $status in # a bad status says more than what went wrong after it
-    000 | 200) ;;
-    2??) [ -n "$data" ] || fail "$label: HTTP $status" || return ;;
-    *) fail "$label: HTTP $status" || return ;;
+    case $status:$data in
+    000:* | 200:* | 2??:?*) ;;
+    *) fail "$label: HTTP $status" || return ;; # says more than what went wrong after it
     esac
     [ "$problem" = none ] || fail "$label: $problem"
 }
 
-# send_with_curl [--header HEADER]...: send a request to exchange's $url, with its $data and $limit.
+# send_with_curl [--header HEADER]...: send a request, with its caller's $url, $data and $limit.
 # Prints four lines for take_reply, or more, as a body may have line feeds. For example:
 #     web-1          BODY
 #     200            STATUS, 000 without a reply
@@ -423,8 +432,8 @@ send_with_curl() {
     if [ -n "$data" ]; then
         set -- "$@" --data-binary "$data"
     fi
-    # Before curl 8.4, --max-filesize does not stop a body whose size is not announced. At this
-    # rate, it cannot be longer than four limits, and 4 KiB for each second.
+    # Before curl 8.4, --max-filesize does not stop a body whose size is not announced. This rate
+    # does: within TIMEOUT, some five times the limit can come.
     bytes_a_second=$((4 * limit / TIMEOUT + 4096))
     curl -q --silent --fail --noproxy '*' --proto =http \
         --connect-timeout "$connect_limit" --max-time "$TIMEOUT" \
@@ -446,7 +455,7 @@ send_with_curl() {
 #       HTTP/1.1 200 OK
 #       Content-Type: text/xml
 send_with_wget() {
-    local said code status=000
+    local log exit_status status=000 is_http=''
     if [ -n "$data" ]; then
         set -- "$@" --post-data "$data"
     fi
@@ -455,27 +464,27 @@ send_with_wget() {
         set -- --no-config --tries=1 --max-redirect=0 --connect-timeout=$CONNECT_LIMIT "$@"
         ;;
     esac
-    # The body, wget's stdout, goes to our stdout, by way of 3. $said catches wget's stderr.
-    { said=$(timeout "$TIMEOUT" wget -q -S -Y off -O - "$@" "$url" 2>&1 >&3); } 3>&1
-    code=$?
-    case $said in
+    # 3 is our stdout. wget's stdout, the body, goes there; its stderr goes to $log.
+    { log=$(timeout "$TIMEOUT" wget -q -S -Y off -O - "$@" "$url" 2>&1 >&3); } 3>&1
+    exit_status=$?
+    case $log in
     *'  HTTP/1.'?' '[1-9][0-9][0-9]*)
-        status=${said#*'  HTTP/1.'? }
+        status=${log#*'  HTTP/1.'? }
         status=${status%%[!0-9]*}
         ;;
-    *'  '*) code=no-http ;; # something indented, but no status
+    *'  '*) is_http=no ;; # a head without a status
     esac
     printf '\n%s\n\n' "$status"
-    case $status:$code in
-    000:0 | *:no-http) echo 'broken reply' ;;
-    *:0) echo none ;;
-    *:124 | *:143) echo 'timed out' ;; # timeout's exit status: coreutils, BusyBox
+    case $status:$exit_status:$is_http in
+    *:no | 000:0:) echo 'broken reply' ;;
+    *:0:) echo none ;;
+    *:124: | *:143:) echo 'timed out' ;; # timeout's exit status: of coreutils, of BusyBox
     *) echo 'no connection' ;;
     esac
 }
 
-# take_reply REPLY: take apart what one of these printed, from its end; sets exchange's $status,
-# $body and $problem
+# take_reply REPLY: take apart what one of these printed, from its end; sets $status, $body and its
+# caller's $problem
 take_reply() {
     local rest="$1" size
     problem=${rest##*"$NEWLINE"}
@@ -496,7 +505,8 @@ take_reply() {
     elif [ "$problem" = 'no connection' ] && [ "$status" != 000 ]; then
         problem='broken reply' # the connection was lost behind the status
     fi
-    # A body with a NUL byte is not used. The shell has dropped the byte, or tr has made it INVALID.
+    # A body with a NUL byte is not used. The shell has dropped the byte, so that the body is
+    # shorter than its size; or tr has made it INVALID.
     if [ -n "$size" ] && [ "$size" != "${#body}" ]; then
         body=$INVALID
     fi
@@ -519,10 +529,10 @@ is_status() {
 # fail. Can fail, after all attempts.
 #
 # The wait after the first attempt is 1 second, then 2, 3 and so on, up to INTERVAL.
-# optional: the function requests a value that IMDS may not have. It then replies 404, or 400 if it
-# is too old to know the value. But while IMDS starts, it says 404 to everything. So $value is set
-# to '' only after ABSENT_AFTER such replies; if there are fewer attempts, after as many as there
-# are.
+# optional: IMDS may not have the value that the function requests. IMDS then replies 404; one that
+# is too old to know the value replies 400. But while it starts, IMDS replies 404 to all requests.
+# So it is believed after ABSENT_REPLIES such replies, and $value is ''. If there are fewer attempts
+# than that, all have to end so.
 retry() {
     local step="$1" attempts="$2" kind="$3" attempt=0 absences=0 last_reason='' question=''
     local routes_before
@@ -536,14 +546,15 @@ retry() {
         if "$@"; then
             return
         fi
-        if [ "$reason" != "$last_reason" ] || is_power_of_two $attempt; then # or the log fills up
+        # The same reason is not said each time, or the log would fill up.
+        if [ "$reason" != "$last_reason" ] || is_power_of_two $attempt; then
             complain "$step: attempt $attempt of $attempts: $reason"
         fi
         last_reason=$reason
         case $kind:$status in
         optional:400 | optional:404)
             absences=$((absences + 1))
-            if [ $absences = $ABSENT_AFTER ] || [ $absences = "$attempts" ]; then
+            if [ $absences = $ABSENT_REPLIES ] || [ $absences = "$attempts" ]; then
                 value=''
                 return
             fi
@@ -564,8 +575,8 @@ is_power_of_two() {
     [ $(($1 & ($1 - 1))) -eq 0 ]
 }
 
-# wait_for SECONDS ROUTES: wait. After an attempt with $no_reply, stop when the kernel has other
-# routes: the network has come up.
+# wait_for SECONDS ROUTES: wait. After an attempt with $no_reply, stop when the kernel's routes are
+# others: the network has come up.
 wait_for() {
     local tenths=$((10 * $1))
     if [ -z "$no_reply" ]; then
@@ -583,7 +594,7 @@ wait_for() {
     done
 }
 
-# read_routes: sets $routes to what the kernel says of the routes, '' if it does not
+# read_routes: sets $routes to the kernel's table of routes, '' if it cannot be read
 read_routes() {
     local line
     routes=''
@@ -632,12 +643,12 @@ report_health() {
 
 # request_goal_state: sets $incarnation, $container_id and $instance_id; can fail
 request_goal_state() {
+    local paths
     exchange 'goal state' "$WIRESERVER/machine?comp=goalstate" '' "$BODY_LIMIT" \
         --header 'x-ms-version: 2012-11-30' \
         --header 'x-ms-agent-name: custom-provisioning' || return
-    read_xml GoalState \
-        'Incarnation Container/ContainerId Container/RoleInstanceList/RoleInstance/InstanceId' ||
-        fail 'goal state: not a goal state' || return
+    paths='Incarnation Container/ContainerId Container/RoleInstanceList/RoleInstance/InstanceId'
+    read_xml GoalState "$paths" || fail 'goal state: not a goal state' || return
     find_squeezed Incarnation
     incarnation=$value
     find_squeezed Container/ContainerId
@@ -651,33 +662,36 @@ request_goal_state() {
 }
 
 # read_xml ROOT PATHS: read the XML document in $body; returns 1 if it is none, or has another root.
-# Sets $found to the texts at these paths below the root, for find_text: PATH>TEXT< for each.
+# Sets $found to the texts of the elements at these paths below the root, for find_text.
 #
-# The document is cut at each '<'. For example, these are the pieces of <a>1<b>2</b><c/></a>:
+# The document is cut at each '<'. For example, these are the pieces of <a>1<b>2</b><c/></a>, and
+# what the variables are behind each, if PATHS is 'b c':
 #
-#     piece    $path behind it    $text behind it
-#     a>1      /a                 1
-#     b>2      /a/b               2
-#     /b>      /a                 INVALID: a has an element in it
-#     c/>      /a                 INVALID
-#     /a>
+#     piece    $path    $text      $found
+#     a>1      /a       1
+#     b>2      /a/b     2
+#     /b>      /a       INVALID    b>2<           a has an element in it, so its text is not used
+#     c/>      /a       INVALID    b>2<c><
+#     /a>               INVALID    b>2<c><
 #
-# At the end of an element, its text is known, and kept if one of PATHS is the element's.
+# The functions below, down to close_element, set these local variables of read_xml.
 #
 # It refuses some legal documents, which Azure does not send: with a document type definition, with
-# CDATA, with a '>' in an attribute, and such as would take long. A text with a comment is INVALID.
+# CDATA, with a '>' in an attribute; very deep ones, and very long tags. A text with a comment is
+# INVALID.
 read_xml() {
-    local root="$1" paths="$2" path='' text='' root_seen='' markup_end='' before piece IFS='<'
+    local root="$1" paths="$2" path='' text='' root_seen='' markup_end='' before piece
+    local IFS='<'
     found=''
     case $body in
-    *'<') return 1 ;; # the loop would not see the empty piece behind it
+    *'<') return 1 ;; # cut off; the loop would not see that there is an empty piece at the end
     esac
     before=${body%%<*}
     if ! is_blank "$before"; then
         is_blank "${before#"$(printf '\357\273\277')"}" || return 1 # a byte order mark
     fi
-    for piece in ${body#"$before<"}; do
-        if is_markup "$piece"; then
+    for piece in ${body#"$before<"}; do # IFS cuts at each '<'
+        if skip_markup "$piece"; then
             text=$INVALID
         else
             read_piece "$piece" || return 1
@@ -686,9 +700,10 @@ read_xml() {
     [ -n "$root_seen" ] && [ -z "$path" ] && [ -z "$markup_end" ] # nothing is open
 }
 
-# is_markup PIECE: whether it is part of a comment, or of an instruction such as <?xml … ?>. Sets
-# $markup_end, to '' if the markup ends in this piece. Until then, a '<' means nothing.
-is_markup() {
+# skip_markup PIECE: returns 1 if it is no part of a comment, or of an instruction such as
+# <?xml … ?>. Sets $markup_end to what ends that, or to '' if it ends in this piece. Until its end,
+# a '<' is a character like others.
+skip_markup() {
     local rest="$1"
     if [ -z "$markup_end" ]; then
         case $1 in
@@ -710,22 +725,23 @@ is_markup() {
     esac
 }
 
-# read_piece PIECE: read TAG>TEXT; sets read_xml's $path, $text, $root_seen and $found. Returns 1 if
-# the piece is wrong here. TAG is one of
+# read_piece PIECE: read TAG>TEXT; sets $path, $text, $root_seen and $found. Returns 1 if the piece
+# is wrong here. TAG is one of
 #     NAME [ATTRIBUTE]...        the start of an element
 #     NAME [ATTRIBUTE].../       an empty element
 #     /NAME                      the end of an element
 read_piece() {
-    local tag="${1%%>*}" behind="${1#*>}" name
+    local tag="${1%%>*}" text_behind name
     if [ "$tag" = "$1" ] || [ "${#tag}" -gt 1000 ]; then # no '>'; or it would take long
         return 1
     fi
+    text_behind=${1#*>}
     name=${tag#/}
-    name=${name%%["$SPACE"/]*} # without attributes
-    name=${name##*:}           # without a prefix
+    name=${name%%["$WHITE_SPACE"/]*} # without attributes
+    name=${name##*:}                 # without a prefix
     case $tag in
     "$name" | "/$name") ;;                     # no attributes, no prefix: so are most tags
-    */["$SPACE"]*) return 1 ;;                 # a '/' that ends no tag
+    */["$WHITE_SPACE"]*) return 1 ;;           # a '/' that ends no tag
     *) has_paired_quotes "$tag" || return 1 ;; # or else the '>' is in an attribute
     esac
     case $tag in
@@ -737,19 +753,20 @@ read_piece() {
         close_element "$name" || return 1
         ;;
     *)
-        open_element "$name" "$behind" || return 1
+        open_element "$name" "$text_behind" || return 1
         ;;
     esac
     if [ -z "$path" ]; then # the root has ended
-        is_blank "$behind" || return 1
+        is_blank "$text_behind" || return 1
     fi
 }
 
 # has_paired_quotes TAG: whether each quote in it has a second one of its kind
 has_paired_quotes() {
-    local rest="$1"
+    local rest="$1" before
     while :; do
-        rest=${rest#"${rest%%[\"\']*}"} # the tag from its first quote on
+        before=${rest%%[\"\']*}
+        rest=${rest#"$before"} # from the next quote on
         case $rest in
         '') return ;;
         \"*\"*) rest=${rest#\"*\"} ;;
@@ -766,7 +783,9 @@ open_element() {
     '' | '!'*) return 1 ;; # '!': a document type definition, or CDATA
     esac
     if [ -z "$path" ]; then
-        [ -z "$root_seen" ] && [ "$1" = "$root" ] || return 1
+        if [ -n "$root_seen" ] || [ "$1" != "$root" ]; then
+            return 1
+        fi
         root_seen=yes
     fi
     path=$path/$1
@@ -775,16 +794,18 @@ open_element() {
 }
 
 # close_element NAME: go up from an element: sets $path, $text and $found. Returns 1 if another
-# element is open.
+# element is open, or none.
 close_element() {
     local path_below_root="${path#"/$root/"}"
-    [ -n "$1" ] && [ "$1" = "${path##*/}" ] || return 1
+    if [ -z "$1" ] || [ "$1" != "${path##*/}" ]; then
+        return 1
+    fi
     if has_word "$path_below_root" "$paths"; then
         found="$found$path_below_root>$text<"
         [ "${#found}" -le 200000 ] || return 1 # more would take long
     fi
     path=${path%/*}
-    text=$INVALID
+    text=$INVALID # that of the element around it
 }
 
 # find_text PATH: sets $value to the text of the first element at a path below the root, '' if there
@@ -811,17 +832,17 @@ find_squeezed() {
 # is_blank TEXT: whether it is white space, or nothing
 is_blank() {
     case $1 in
-    *[!"$SPACE"]*) return 1 ;;
+    *[!"$WHITE_SPACE"]*) return 1 ;;
     esac
 }
 
-# squeeze TEXT: sets $value to the text without white space at its ends, and with one space for each
-# run of it
+# squeeze TEXT: sets $value to the text with one space in place of each run of white space, and none
+# at its ends
 squeeze() {
-    local IFS="$SPACE"
+    local IFS="$WHITE_SPACE"
     # shellcheck disable=SC2086 # split into words
     set -- $1
-    # The first time, two CR have an empty word between them. The second time, it is gone.
+    # Between two CR, the shell has found an empty word, as POSIX wants. Now it goes.
     # shellcheck disable=SC2048,SC2086
     set -- $*
     value="$*"
@@ -845,10 +866,10 @@ is_id() {
 
 # ---- Step hostname: a value from IMDS ----------------------------------------------------------
 
-# set_hostname: set the hostname that the user chose, or the VM's name in Azure if IMDS says there
-# is none; can fail
+# set_hostname: set the hostname that the user chose; or the VM's name in Azure, if IMDS says there
+# is none. Can fail.
 #
-# An empty reply does not say so. It is a failed attempt, like any other that brings no name.
+# An empty reply does not say so; it is tried again.
 set_hostname() {
     local name
     say 'Retrieving hostname from IMDS'
@@ -891,19 +912,22 @@ is_hostname() {
 # store_hostname NAME: set the hostname without systemd: in the kernel for this boot, in a file for
 # later ones; can fail
 store_hostname() {
-    local name="$1" problems='' until=''
+    local name="$1" problems='' until='' is_set=''
     if has_command hostnamectl; then
         problems='hostnamectl failed; '
     fi
     if set_kernel_hostname "$name"; then
-        until=", so $name lasts until the next boot"
+        is_set=yes
     else
         problems="${problems}cannot set the kernel's hostname; "
     fi
     if ! write_file /etc/hostname 644 '' printf '%s\n' "$name"; then
+        if [ -n "$is_set" ]; then
+            until=", so $name lasts until the next boot"
+        fi
         fail "$problems$reason$until" || return
     fi
-    [ -n "$until" ] || fail "${problems%; }"
+    [ -n "$is_set" ] || fail "${problems%; }"
 }
 
 # set_kernel_hostname NAME: set the kernel's hostname; returns whether that worked
@@ -911,24 +935,27 @@ set_kernel_hostname() {
     if [ -n "$DRY_RUN" ]; then
         return
     fi
-    hostname "$1" 2>/dev/null ||
-        { printf '%s\n' "$1" >/proc/sys/kernel/hostname; } 2>/dev/null
+    if hostname "$1" 2>/dev/null; then
+        return
+    fi
+    { printf '%s\n' "$1" >/proc/sys/kernel/hostname; } 2>/dev/null
 }
 
 # request_property STEP LEAF ELEMENT required|optional: sets $value to a property that the user gave
-# the VM, squeezed; and $origin to dvd if it comes from there, or to imds
+# the VM, squeezed, and $origin to imds or dvd. Can fail.
 #
-# IMDS has it, as the leaf; but that of Azure Stack has nothing. The DVD has it, as the element.
-# 1. If there is a drive: ask IMDS for some minutes, and then look on the DVD.
-# 2. Ask IMDS, with all attempts.
-# $value is '' if IMDS does not have an optional property. Can fail, after all attempts.
+# The property is a leaf in IMDS, and an element on the DVD. IMDS is asked first; but the one of
+# Azure Stack has no properties. So, if there is a drive:
+# 1. Ask IMDS for some minutes.
+# 2. Look on the DVD.
+# And then, or if there is no drive:
+# 3. Ask IMDS, with all attempts. $value is '' if IMDS does not have an optional property.
 request_property() {
-    local step="$1" leaf="$2" element="$3" kind="$4"
-    if has_dvd && request_from_both; then
+    if has_dvd_drive && request_from_both "$@"; then
         return
     fi
     origin=imds
-    retry "$step" "$ATTEMPTS" "$kind" request_text "$leaf"
+    retry "$1" "$ATTEMPTS" "$4" request_text "$2"
 }
 
 # request_text LEAF: sets $value to a value from IMDS, squeezed. Can fail, also if it is empty.
@@ -949,8 +976,8 @@ request_leaf() {
     value=$body
 }
 
-# find_version LEAF: sets $version to the first one of IMDS that has the value: an old IMDS knows no
-# other
+# find_version LEAF: sets its caller's $version to the first api-version that has a value, as an old
+# IMDS refuses later ones
 find_version() {
     case $1 in
     name | vmId) version=2017-04-02 ;;
@@ -966,15 +993,16 @@ find_version() {
 # disable_unit: disable the service, of systemd or OpenRC, so that the next boot does not run it;
 # can fail
 disable_unit() {
-    sync_all
+    sync_all # before, or a power cut could leave it disabled and the rest undone
     # Without --no-reload, systemd would run all of its generators again.
-    run systemctl --no-reload disable azure-provisioning.service ||
-        run rc-update del azure-provisioning ||
+    if ! run systemctl --no-reload disable azure-provisioning.service &&
+        ! run rc-update del azure-provisioning; then
         fail 'neither systemctl nor rc-update disabled azure-provisioning' || return
+    fi
     say_done 'Disabled azure-provisioning.service'
 }
 
-# sync_all: have the disk store all changes: a power cut must not undo them after the run is over
+# sync_all: have the disk store all changes, so that a power cut does not undo them
 sync_all() {
     if [ -z "$DRY_RUN" ] && has_command sync; then
         sync
@@ -982,9 +1010,9 @@ sync_all() {
 }
 
 # ================================================================================================
-# The default run ends here. What follows runs only if another step is named. The one exception is
-# the section about the DVD: the step hostname looks there if IMDS has no hostname, and a drive is
-# there. In the unit of the default run there is none.
+# The default run ends here. What follows runs only if another step is named. There is one
+# exception: where the program can see a DVD drive, and IMDS has no hostname, the step hostname uses
+# the section about the DVD. In the sandbox of our unit, without a drop-in, it can see none.
 # ================================================================================================
 
 # ---- NotReady: a step before ready failed ------------------------------------------------------
@@ -992,24 +1020,32 @@ sync_all() {
 # report_not_ready REASON: report to the WireServer that this VM will not be Ready, so that nobody
 # waits for it
 report_not_ready() {
-    local now message description
+    describe_failure "$1"
+    say 'Retrieving goal state from the Wireserver'
+    if ! retry NotReady "$ATTEMPTS" required report_health NotReady "$value"; then
+        complain "NotReady: $reason" # the run has failed anyway
+    fi
+}
+
+# describe_failure REASON: sets $value to the part of the health report that tells Azure the reason
+describe_failure() {
+    local now text description
     request_vm_id
     if [ -z "$vm_id" ]; then
         read_vm_id
     fi
     now=$(date -u +%Y-%m-%dT%H:%M:%SZ)
-    message="result=error|reason=$1|agent=azure-provisioning/$VERSION|vm_id=$vm_id|timestamp=$now"
+    text="result=error|reason=$1|agent=azure-provisioning/$VERSION|vm_id=$vm_id|timestamp=$now"
     # Spaces take the place of what is not ' ' to '~', ASCII that can be printed, and of & < >.
-    description=$(printf '%.512s' "$message" | tr -c ' -~' ' ' | tr '&<>' ' ')
-    say 'Retrieving goal state from the Wireserver'
-    retry NotReady "$ATTEMPTS" required report_health NotReady "<Details>\
+    description=$(printf '%.512s' "$text" | tr -c ' -~' ' ' | tr '&<>' '   ')
+    value="<Details>\
 <SubStatus>ProvisioningFailed</SubStatus>\
 <Description>$description</Description>\
-</Details>" || complain "NotReady: $reason"
+</Details>"
 }
 
-# request_vm_id: sets $vm_id to the id of this VM as Azure's portal shows it, '' if IMDS does not
-# tell it at once
+# request_vm_id: sets $vm_id to the id of this VM in Azure's portal, '' if IMDS does not tell it in
+# one attempt
 request_vm_id() {
     vm_id=''
     if request_text vmId && is_vm_id "$value"; then
@@ -1093,8 +1129,8 @@ create_user() {
     grant_root "$name"
 }
 
-# is_user_name TEXT: whether it is a user name with a small letter: to sudo, ALL and its like are no
-# names
+# is_user_name TEXT: whether it is a user name with a small letter. To sudo, ALL is everybody, not a
+# name.
 is_user_name() {
     case $1 in
     '' | root | *[!A-Za-z0-9._-]* | [!A-Za-z_]*) return 1 ;;
@@ -1118,10 +1154,10 @@ request_keys() {
         return
     fi
     # 3. The DVD has the keys, or says that there is a password.
-    if has_dvd && retry user "$DVD_ATTEMPTS" required request_dvd && find_keys; then
+    if has_dvd_drive && retry user "$DVD_ATTEMPTS" required request_dvd && find_keys; then
         return
     fi
-    # 4. IMDS, while it starts, may have had no keys yet. It is asked again, and must have one now.
+    # 4. IMDS may have been starting. It is asked again, and has to have a key now.
     if [ -z "$has_key_text" ]; then
         request_imds_keys required || keys=''
     fi
@@ -1131,7 +1167,7 @@ request_keys() {
 # request_imds_keys required|optional: sets $keys to the valid SSH keys of IMDS, and $has_key_text
 # if it has any text as a key, valid or not; can fail
 #
-# optional: IMDS may have no keys, and empty ones. Otherwise both are failed attempts.
+# optional: IMDS may have no list of keys, and empty keys. If not, both are tried again.
 request_imds_keys() {
     local names name number=0 request=request_text IFS=' '
     keys=''
@@ -1142,12 +1178,14 @@ request_imds_keys() {
     retry user "$ATTEMPTS" "$1" $request publicKeys || return
     squeeze "$value"
     names=$value
-    for name in $names; do # 0/ 1/ 2/ and so on
-        if [ "${name%/}" != $number ] || [ $number -gt 99 ]; then
+    for name in $names; do                                        # 0/ 1/ 2/ and so on
+        if [ "${name%/}" != $number ] || [ $number -gt 99 ]; then # with or without its '/'
             fail 'publicKeys: no valid list' || return
         fi
         retry user "$ATTEMPTS" "$1" $request publicKeys/$number/keyData || return
-        has_key_text=$has_key_text$value
+        if ! is_blank "$value"; then
+            has_key_text=yes
+        fi
         pick_keys $number "$value"
         number=$((number + 1))
     done
@@ -1166,10 +1204,19 @@ find_keys() {
             ;;
         esac
     done
+    find_passwords_disabled
+    if [ -z "$keys" ] && [ "$value" != false ]; then
+        fail "$NO_LOGIN_REASON"
+    fi
+}
+
+# find_passwords_disabled: sets $value to what the DVD says about passwords for SSH: true, false, or
+# something else
+find_passwords_disabled() {
     find_squeezed "$OVF_PATH/DisableSshPasswordAuthentication"
-    case $keys:$value in
-    :[Ff][Aa][Ll][Ss][Ee]) ;;
-    :*) fail "$NO_LOGIN_REASON" ;;
+    case $value in
+    [Tt][Rr][Uu][Ee]) value=true ;;
+    [Ff][Aa][Ll][Ss][Ee]) value=false ;;
     esac
 }
 
@@ -1202,7 +1249,9 @@ split_keys() {
         squeeze "$each"
         case $value in
         '') continue ;;
+        # a type
         ssh-* | ecdsa-* | sk-*) split=$split$NEWLINE ;;
+        # options and a type
         *' ssh-'*' AAAA'* | *' ecdsa-'*' AAAA'* | *' sk-'*' AAAA'*) split=$split$NEWLINE ;;
         esac
         split=$split$each
@@ -1210,20 +1259,11 @@ split_keys() {
     value=$split
 }
 
-# remove_characters CHARACTERS TEXT: sets $value to the text without these characters
-remove_characters() {
-    local IFS="$1"
-    # shellcheck disable=SC2086 # split at each of the characters
-    set -- $2
-    IFS='' # stands between the parts when they are put together again
-    value="$*"
-}
-
 # is_ssh_key TEXT: whether it is an OpenSSH public key: TYPE BASE64 [COMMENT]
 is_ssh_key() {
     local blob="${1#* }"
     blob=${blob%% *}
-    case $1 in # the type of key, and the beginning of that in base64
+    case $1 in # TYPE BASE64. What the base64 encodes begins with the type again.
     'ssh-rsa AAAAB3Nz'*) ;;
     'ssh-ed25519 AAAAC3Nz'*) ;;
     'ecdsa-sha2-nistp256 AAAAE2Vj'*) ;;
@@ -1249,7 +1289,7 @@ has_control_character() {
 
 # find_account NAME: sets $account to the user's name, or to '' if there is no such account. Can
 # fail, also if its line is not valid. Sets as well:
-# $password_field: its field in /etc/shadow, or in /etc/passwd if there is no /etc/shadow
+# $password_field: the second field in /etc/shadow, or in /etc/passwd if there is no /etc/shadow
 # $uid, $gid: the numbers of the user and of its group
 # $home, $shell: paths
 find_account() {
@@ -1274,7 +1314,7 @@ find_account() {
         set -- $line
         password_field=${2-}
     elif [ -e /etc/shadow ]; then
-        password_field='!' # useradd was interrupted: without that line, the account is locked
+        password_field='!' # useradd was interrupted: no line there is the same as a locked one
     fi
     account=$name
 }
@@ -1295,8 +1335,8 @@ find_line() {
     done
 }
 
-# add_account NAME: make the user. If there is a group of that name, it is the user's; otherwise one
-# is made. The caller looks in /etc/passwd whether it worked. Can fail.
+# add_account NAME: make the user, in the group of the same name, if there is one; otherwise that is
+# made, too. The caller looks in /etc/passwd whether it worked. Fails if /etc/group cannot be read.
 add_account() {
     local name="$1" shell=/bin/sh group=''
     if [ -x /bin/bash ]; then
@@ -1332,8 +1372,7 @@ is_system_account() {
 # unlock_account: unlock the $account: without PAM, sshd refuses the keys of one that is locked. Can
 # fail.
 #
-# An account is locked by a '!' at the beginning of its $password_field. With '*' as the whole
-# field, the account is not locked, and no password fits.
+# '!…' in the $password_field locks an account. '*' does not, though no password fits it.
 unlock_account() {
     case $password_field in
     '!'*)
@@ -1352,17 +1391,20 @@ authorize_keys() {
     path=$value
     folder=${path%/*}
     for each in "$folder" "$path"; do
-        if [ -L "$each" ]; then # root must not write where the user says
+        if [ -L "$each" ]; then # root would write wherever the user has it point
             fail "$each: a symlink is in the way" || return
         fi
     done
-    make_keys_folder || return
-    if ! is_in_home "$path"; then # then it is root's, and the user has to be able to read it
+    make_keys_folder "$folder" || return
+    if ! is_in_home "$path"; then # a file of root's, which the user has to be able to read
         owner=''
         mode=644
     fi
     read_file "$path" || return
-    lines=$text${text:+$NEWLINE}
+    lines=$text
+    if [ -n "$lines" ]; then
+        lines=$lines$NEWLINE
+    fi
     for key in $keys; do
         blob=${key#* }
         blob=${blob%% *}
@@ -1409,6 +1451,7 @@ find_keys_file() {
 expand_pattern() {
     local rest="$1"
     value=''
+    [ "$1" != none ] || return 1
     while [ "${rest%%'%'*}" != "$rest" ]; do # there is a '%' in it
         value=$value${rest%%'%'*}
         rest=${rest#*'%'}
@@ -1421,7 +1464,6 @@ expand_pattern() {
     done
     value=$value$rest
     case $value in
-    none) return 1 ;;
     /*) ;;
     *) value=$home/$value ;;
     esac
@@ -1430,7 +1472,8 @@ expand_pattern() {
 # ask_sshd NAME: sets $value to how sshd is configured for a user, lines of 'keyword value'; '' if
 # it does not tell.
 #
-# Without -G, which OpenSSH 9.3 brought, it tells nothing as long as it has no host keys.
+# At the first boot, sshd may have no host keys yet. It then tells nothing without -G, which it has
+# since OpenSSH 9.3.
 ask_sshd() {
     local connection="user=$1,host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22"
     ask sshd -T -G -C "$connection"
@@ -1447,24 +1490,24 @@ is_in_home() {
     esac
 }
 
-# make_keys_folder: make the $home, and its $folder of the keys, with modes that sshd accepts; can
-# fail
+# make_keys_folder FOLDER: make the $home, and the folder of the keys, with modes that sshd accepts;
+# can fail
 make_keys_folder() {
-    local part="$folder"
+    local folder="$1" each="$1"
     make_home || return
     make_public_folder "$folder" || return
     if is_in_home "$folder"; then
-        while is_in_home "$part"; do # for ~/.ssh/keys: that, and ~/.ssh
-            run_to_make "$folder" chown -h "$uid:$gid" "$part" || return
-            part=${part%/*}
+        while is_in_home "$each"; do # for ~/.ssh/keys: that, and ~/.ssh
+            run_to_make "$folder" chown -h "$uid:$gid" "$each" || return
+            each=${each%/*}
         done
         run_to_make "$folder" chmod 700 "$folder" || return
         run_to_make "$folder" chmod u+rwx,go-w "$home"
     fi
 }
 
-# make_home: make the $home if it is missing. If it is root's, finish it: useradd was interrupted.
-# Can fail, also if it is somebody else's: the keys in it are theirs, too.
+# make_home: make the $home if it is missing. If it is root's, do what is left: useradd was
+# interrupted. Can fail, also if it is somebody else's: the keys in it are theirs, too.
 make_home() {
     local owner_of_home
     if [ -d "$home" ]; then
@@ -1473,8 +1516,9 @@ make_home() {
         if [ "$owner_of_home" = "$uid" ]; then
             return
         fi
-        case $owner_of_home:$home in
-        0:/*/?*) ;; # not / or /usr, which are root's as they should be
+        resolve_symlink "$home"
+        case $owner_of_home:$value in
+        0:/*/?*) ;; # not / or /usr: useradd made another
         *) fail "$home: belongs to another user" || return ;;
         esac
     else
@@ -1514,15 +1558,14 @@ run_to_make() {
     run "$@" || fail "cannot make $path"
 }
 
-# restore_labels STEP PATH: give a path, and all in it, the labels that SELinux wants, if there is
-# SELinux
+# restore_labels STEP PATH: give a path, and all in it, the labels of SELinux, if there is SELinux
 restore_labels() {
     if has_command restorecon && ! run restorecon -R "$2"; then
         complain "$1: restorecon failed for $2"
     fi
 }
 
-# join_groups NAME: add the user to the EXTRA_GROUPS that there are; can fail
+# join_groups NAME: add the user to those of the EXTRA_GROUPS that are there; can fail
 join_groups() {
     local group IFS=','
     for group in $EXTRA_GROUPS; do
@@ -1538,8 +1581,8 @@ join_groups() {
 # grant_root NAME: let the user become root without a password, with sudo or else with doas; can
 # fail
 #
-# Each checks a rule before it is written. It is no failure if none accepts one: the user can log
-# in.
+# visudo and doas check the rule before it is written. If neither accepts it, that is no failure, as
+# the user can log in.
 grant_root() {
     local rule="$1 ALL=(ALL:ALL) NOPASSWD:ALL" path=/etc/doas.conf mode=440 rules
     # With sudo and doas, the last rule that fits counts: that in a file whose name begins with zz.
@@ -1557,10 +1600,10 @@ grant_root() {
     add_last_line "$text" "permit nopass $1"
     rules=$value
     if say "$rules" | run doas -C /dev/stdin; then
-        file_behind "$path"
+        resolve_symlink "$path"
         path=$value
         if [ -e "$path" ]; then
-            mode=''
+            mode='' # keeps the one it has
         fi
         write_file "$path" "$mode" '' printf '%s\n' "$rules" || return
         restore_labels user "$path"
@@ -1605,8 +1648,8 @@ add_last_line() {
 DVD_FOLDER=/run/azure-provisioning/dvd
 OVF_FILE=$DVD_FOLDER/ovf-env.xml
 DVD_ATTEMPTS=30        # the drive, or the medium in it, may come late
-ATTEMPTS_BEFORE_DVD=60 # at a value of IMDS that is also on the DVD: five minutes
-DATA_LIMIT=122880      # bytes of ovf-env.xml or user data: 64 KiB in base64 have room
+ATTEMPTS_BEFORE_DVD=60 # at IMDS, for what is also on the DVD: five minutes
+DATA_LIMIT=122880      # bytes of ovf-env.xml or user data, at most: enough for 64 KiB in base64
 OVF_PATH=ProvisioningSection/LinuxProvisioningConfigurationSet
 
 # request_dvd: read ovf-env.xml on the DVD, for find_text: one attempt for retry; can fail
@@ -1620,7 +1663,7 @@ request_dvd() {
     fi
     umount "$DVD_FOLDER" # if it fails, the next mount_dvd finds the DVD mounted
     [ -n "$body" ] || fail 'ovf-env.xml: cannot be read' || return
-    if [ "${#body}" -gt "$DATA_LIMIT" ] || ! is_utf_8; then
+    if [ "${#body}" -gt "$DATA_LIMIT" ] || ! may_be_utf_8; then
         fail 'ovf-env.xml: not an OVF environment' || return
     fi
     for element in HostName UserName UserPassword DisableSshPasswordAuthentication CustomData \
@@ -1630,30 +1673,34 @@ request_dvd() {
     read_xml Environment "$paths" || fail 'ovf-env.xml: not an OVF environment'
 }
 
-# is_utf_8: whether the $body is ASCII alone, or does not say that it has another encoding than
-# UTF-8. It would say so at its top: <?xml version="1.0" encoding="UTF-16"?>
-is_utf_8() {
+# may_be_utf_8: whether the $body can be UTF-8: it is ASCII alone, or names no other encoding. It
+# would name one in its declaration: <?xml version="1.0" encoding="UTF-16"?>
+may_be_utf_8() {
+    local declaration
     case $body in
     *[!$(printf '\001-\177')]*) ;; # the '-' makes it a range, as in a-z
     *) return 0 ;;
     esac
-    case ${body%%'?>'*} in # the declaration
+    case $body in
+    *'<?xml'*) declaration=${body#*'<?xml'} ;;
+    *) return 0 ;;
+    esac
+    case ${declaration%%'?>'*} in
     *encoding*=*[\"\'][Uu][Tt][Ff]-8[\"\']*) ;;
     *encoding*=*[\"\'][Uu][Ss]-[Aa][Ss][Cc][Ii][Ii][\"\']*) ;;
     *encoding*=*) return 1 ;;
     esac
 }
 
-# has_dvd: whether there is a drive. The DVD is in it at the first boot, or comes soon.
-has_dvd() {
+# has_dvd_drive: whether there is a DVD drive. At the first boot, the DVD is in it, or comes soon.
+has_dvd_drive() {
     [ -e /dev/sr0 ]
 }
 
-# request_from_both: do the first part of request_property, with its $step, $leaf, $element and
-# $kind: ask IMDS for some minutes, then look on the DVD. Sets $value and $origin. Returns 1 if
-# neither has the property.
+# request_from_both STEP LEAF ELEMENT required|optional: do the first two parts of request_property;
+# returns 1 if neither has the property
 request_from_both() {
-    local attempts="$ATTEMPTS_BEFORE_DVD"
+    local step="$1" leaf="$2" element="$3" kind="$4" attempts="$ATTEMPTS_BEFORE_DVD"
     if [ "$ATTEMPTS" -lt "$attempts" ]; then
         attempts=$ATTEMPTS
     fi
@@ -1670,13 +1717,17 @@ request_from_both() {
 # mount_dvd: mount the DVD where only root can see it, unless it is mounted: an umount may have
 # failed. Can fail.
 mount_dvd() {
-    mkdir -p "$DVD_FOLDER"
+    local is_folder=''
+    if mkdir -p "$DVD_FOLDER"; then
+        is_folder=yes
+    fi
     if [ -e "$OVF_FILE" ]; then
         return
     fi
-    has_dvd || fail 'ovf-env.xml: no DVD' || return
-    mount -t udf,iso9660 -o ro,nosuid,nodev,noexec /dev/sr0 "$DVD_FOLDER" ||
+    if [ -z "$is_folder" ] || ! has_dvd_drive ||
+        ! mount -t udf,iso9660 -o ro,nosuid,nodev,noexec /dev/sr0 "$DVD_FOLDER"; then
         fail 'ovf-env.xml: no DVD'
+    fi
 }
 
 # ---- Step password -----------------------------------------------------------------------------
@@ -1685,7 +1736,7 @@ SSHD_CONFIG=/etc/ssh/sshd_config
 SSHD_DEFAULT=/usr/etc/ssh/sshd_config # of openSUSE; counts if there is none in /etc
 SSHD_DROP_INS='/etc/ssh/sshd_config.d/*.conf'
 OUR_DROP_IN=/etc/ssh/sshd_config.d/00-azure-provisioning.conf
-# The last two are one setting since OpenSSH 8.7. Before, either of them lets in with a password.
+# Each of them can let in with a password. Since OpenSSH 8.7, the last two are one setting.
 SSHD_KEYWORDS='PasswordAuthentication ChallengeResponseAuthentication KbdInteractiveAuthentication'
 
 # set_password: set the password of the admin user, and have sshd take passwords or not; can fail
@@ -1699,7 +1750,7 @@ set_password() {
     find_text "$OVF_PATH/UserPassword"
     decode_entities "$value" || fail 'no valid password' || return
     password=$value
-    if has_control_character "$password" || [ "${#password}" -gt 72 ]; then # Azure allows no more
+    if has_control_character "$password" || [ "${#password}" -gt 72 ]; then # bytes; Azure's limit
         fail 'no valid password' || return
     fi
     if [ -n "$password" ] && [ "$password" != REDACTED ]; then # cloud-init's copy has the latter
@@ -1707,11 +1758,12 @@ set_password() {
         say_done 'Password set'
         is_given=yes
     fi
-    find_squeezed "$OVF_PATH/DisableSshPasswordAuthentication"
-    case $value:$is_given in
-    [Tt][Rr][Uu][Ee]:*) configure_sshd "$name" no ;;
-    [Ff][Aa][Ll][Ss][Ee]:* | *:yes) configure_sshd "$name" yes ;;
-    esac
+    find_passwords_disabled
+    if [ "$value" = true ]; then
+        configure_sshd "$name" no
+    elif [ "$value" = false ] || [ -n "$is_given" ]; then
+        configure_sshd "$name" yes
+    fi
 }
 
 # decode_entities TEXT: sets $value to the text with the five entities of XML decoded. Returns 1 if
@@ -1735,8 +1787,8 @@ decode_entities() {
     value=$value$rest
 }
 
-# print_line LINE: print a line that may be secret, by a command of the shell itself: the arguments
-# of a program can be seen by all. That is printf, or print in mksh, which has no printf.
+# print_line LINE: print a line that may be secret. The arguments of a program can be seen by all,
+# so that it has to be a command of the shell itself: printf, or print in mksh.
 print_line() {
     if [ "$(command -v printf)" = printf ]; then
         printf '%s\n' "$1"
@@ -1757,20 +1809,20 @@ store_password() {
     fi
     hash=${line#*:} # the second field
     hash=${hash%%:*}
-    # BusyBox may make a hash of 13 characters, which uses only eight characters of the password.
+    # The old hash of BusyBox uses only eight characters of the password.
     case ${#hash}:$hash in
-    *'$'*) ;;
+    *'$'*) ;; # not the old one
     13:*) print_line "$1:$2" | run chpasswd -c SHA512 || fail 'chpasswd failed' ;;
     esac
 }
 
-# configure_sshd NAME yes|no: have sshd take passwords, or not, in all of the ways that it has; can
-# fail.
+# configure_sshd NAME yes|no: have sshd take passwords, or not, by all of the SSHD_KEYWORDS; can
+# fail
 #
 # Of several lines for one setting, sshd takes the first. So ours stand in a drop-in that it reads
 # before all else, or at the top of its configuration.
 configure_sshd() {
-    local config="$SSHD_CONFIG" ours='' keyword path
+    local config="$SSHD_CONFIG" our_lines='' keyword path
     if [ ! -f "$config" ]; then
         config=$SSHD_DEFAULT
     fi
@@ -1781,19 +1833,22 @@ configure_sshd() {
         return
     fi
     for keyword in $SSHD_KEYWORDS; do
-        ours="$ours$keyword $2$NEWLINE"
+        our_lines="$our_lines$keyword $2$NEWLINE"
     done
     read_file "$config" || return
     if includes_drop_ins; then
         path=$OUR_DROP_IN
-        write_file "$path" 600 '' printf %s "$ours" || return
+        write_file "$path" 600 '' printf %s "$our_lines" || return
     elif [ "$config" = "$SSHD_DEFAULT" ]; then # it belongs to the distribution: not to be changed
         fail "$SSHD_DEFAULT: no Include $SSHD_DROP_INS at the top" || return
     else
         drop_first_lines
-        file_behind "$SSHD_CONFIG"
+        resolve_symlink "$SSHD_CONFIG"
         path=$value
-        write_file "$path" '' '' printf %s "$ours$text${text:+$NEWLINE}" || return
+        if [ -n "$text" ]; then
+            text=$text$NEWLINE
+        fi
+        write_file "$path" '' '' printf %s "$our_lines$text" || return
     fi
     restore_labels password "$path"
     say_done "PasswordAuthentication: $2"
@@ -1807,11 +1862,15 @@ includes_drop_ins() {
     for each in $text; do
         squeeze "$each"
         case $value in
-        '' | '#'*) continue ;;
-        [Ii][Nn][Cc][Ll][Uu][Dd][Ee]' '*) has_word "$SSHD_DROP_INS" "$value" ;;
-        *) return 1 ;;
+        '' | '#'*) ;;
+        [Ii][Nn][Cc][Ll][Uu][Dd][Ee]' '*)
+            has_word "$SSHD_DROP_INS" "$value"
+            return
+            ;;
+        *)
+            return 1
+            ;;
         esac
-        return
     done
     return 1
 }
@@ -1829,7 +1888,8 @@ drop_first_lines() {
     done
 }
 
-# check_sshd NAME yes|no: fails if sshd says that it does otherwise for the user.
+# check_sshd NAME yes|no: ask sshd what it does for the user; fails if that is not what we have
+# written
 #
 # Other lines may count more than ours: those in a Match, or in a file that sshd reads before.
 check_sshd() {
@@ -1838,23 +1898,31 @@ check_sshd() {
     fi
     ask_sshd "$1"
     if [ -z "$value" ]; then
-        complain 'password: sshd does not tell what it does' # an old one, without host keys
+        complain 'password: sshd does not tell what it does' # see ask_sshd
         return
     fi
-    case $2$NEWLINE$value$NEWLINE in
-    yes*"${NEWLINE}passwordauthentication no$NEWLINE"*)
-        fail "sshd still refuses passwords from $1"
-        ;;
-    no*"${NEWLINE}passwordauthentication yes$NEWLINE"* | \
-        no*"${NEWLINE}challengeresponseauthentication yes$NEWLINE"* | \
-        no*"${NEWLINE}kbdinteractiveauthentication yes$NEWLINE"*)
-        fail "sshd still accepts passwords from $1"
-        ;;
+    if [ "$2" = yes ] && has_line 'passwordauthentication no' "$value"; then
+        fail "sshd still refuses passwords from $1" || return
+    fi
+    if [ "$2" = no ]; then
+        if has_line 'passwordauthentication yes' "$value" ||
+            has_line 'challengeresponseauthentication yes' "$value" ||
+            has_line 'kbdinteractiveauthentication yes' "$value"; then
+            fail "sshd still accepts passwords from $1"
+        fi
+    fi
+}
+
+# has_line LINE TEXT: whether it is one of the text's lines
+has_line() {
+    case $NEWLINE$2$NEWLINE in
+    *"$NEWLINE$1$NEWLINE"*) ;;
+    *) return 1 ;;
     esac
 }
 
-# file_behind PATH: sets $value to the file that a symlink leads to, or to the path itself
-file_behind() {
+# resolve_symlink PATH: sets $value to the path where a symlink leads to, or else to the same path
+resolve_symlink() {
     value=$(readlink -f "$1") || value=$1
 }
 
@@ -1884,10 +1952,10 @@ save_data() {
     fi
 }
 
-# save_decoded LABEL FILE TEXT: write what a text in base64 encodes. If that is nothing, remove the
-# file, of another VM. Can fail.
+# save_decoded LABEL FILE TEXT: write what a text in base64 encodes. If it is empty, remove the file
+# that the image has. Can fail.
 save_decoded() {
-    remove_characters "$SPACE" "$3"
+    remove_white_space "$3"
     is_base64 "$value" || fail "$1: no base64" || return
     if [ -n "$value" ]; then
         write_file "$2" 600 '' decode_base64 "$value" || return
@@ -1898,11 +1966,22 @@ save_decoded() {
     fi
 }
 
-# is_base64 TEXT: whether it is base64 as an encoder writes it: padded, with all unused bits 0
+# remove_white_space TEXT: sets $value to the text without any
+remove_white_space() {
+    local IFS="$WHITE_SPACE"
+    # shellcheck disable=SC2086 # split into words
+    set -- $1
+    IFS='' # nothing stands between the words of $*
+    value="$*"
+}
+
+# is_base64 TEXT: whether it is base64 as an encoder writes it: padded, with all unused bits 0. Four
+# bits are unused in the character before '==', and two in the one before '='.
 is_base64() {
     case $1 in
     *[!A-Za-z0-9+/=]* | *=[!=]* | *===*) return 1 ;;
-    *[!AQgw]== | *[!AEIMQUYcgkosw048=]=) return 1 ;; # an unused bit is 1
+    *[!AQgw]==) return 1 ;; # an unused bit is 1
+    *[!AEIMQUYcgkosw048=]=) return 1 ;;
     esac
     [ $((${#1} % 4)) -eq 0 ]
 }
@@ -1941,6 +2020,7 @@ publish_hostname() {
 find_interface() {
     local name destination mask _
     interface=''
+    # Interface, destination, gateway, flags, references, use, metric, mask and more
     while read -r name destination _ _ _ _ _ mask _; do
         if [ "$destination" = 00000000 ] && [ "$mask" = 00000000 ]; then
             interface=$name
@@ -1976,34 +2056,36 @@ find_client() {
     client=''
 }
 
-DHCPCD_PID=/run/dhcpcd/pid # of a dhcpcd for all interfaces; another takes no hostname
+DHCPCD_PID=/run/dhcpcd/pid # of a dhcpcd for all interfaces; one for a single one ignores -h
 
-# dhcpcd_lease: sets $value to the path of dhcpcd's lease for $interface. It is still there when
-# dhcpcd has ended.
+# dhcpcd_lease: sets $value to the path of dhcpcd's lease for $interface, which does not go when
+# dhcpcd ends
 dhcpcd_lease() {
     value=/var/lib/dhcpcd/$interface.lease
 }
 
-# networkd_lease: sets $value to the path of systemd-networkd's lease for $interface. It goes when
-# systemd-networkd ends.
+# networkd_lease: sets $value to the path of systemd-networkd's lease for $interface, which goes
+# when systemd-networkd ends
 networkd_lease() {
     ask cat "/sys/class/net/$interface/ifindex"
     value=/run/systemd/netif/leases/$value
 }
 
-# find_process CLIENT: sets $value to its first process for $interface: PID COMMAND [ARGUMENT]...,
-# or ''
+# find_process CLIENT: sets $value to the first process of a client for $interface, '' if there is
+# none. For example:
+#     812 /sbin/dhclient -4 -q -pf /run/dhclient.eth0.pid eth0
 find_process() {
-    ask pgrep -a -f "^([^ ]*[/ ])?$1 (.* )?$interface( |\$)"
+    ask pgrep -a -f "^([^ ]*/)?(busybox )?$1 (.* )?$interface( |\$)"
     value=${value%%"$NEWLINE"*}
 }
 
-# tell_server: have $client tell its server the hostname, $name; returns whether the server has
-# heard it. For nmcli, returns whether NetworkManager will tell it: that goes on until the server
-# answers.
+# tell_server: have $client tell its server the hostname, its caller's $name; returns whether the
+# server has heard it
+#
+# NetworkManager does not show that; for nmcli, returns whether it has been asked to tell it.
 tell_server() {
     case $client in
-    networkctl)
+    networkctl) # networkd takes the hostname from the kernel
         networkd_lease
         renew_lease "$value" networkctl reconfigure "$interface"
         ;;
@@ -2018,8 +2100,8 @@ tell_server() {
         run_second_dhclient
         ;;
     udhcpc)
-        # A second one, as the running one takes no hostname. It asks once and ends. Its script
-        # would set up the interface; /bin/true does nothing.
+        # A second one, which asks once and ends, as the running one takes no hostname. Instead of
+        # the script that sets up the interface, it runs /bin/true.
         run udhcpc -n -q -f -i "$interface" -x "hostname:$name" -s /bin/true
         ;;
     esac
@@ -2037,7 +2119,7 @@ renew_lease() {
         return
     fi
     read_stamp "$lease"
-    while [ -z "$value" ] || [ "$value" = "$old" ]; do
+    while [ -z "$value" ] || [ "$value" = "$old" ]; do # it is removed, or not written again yet
         if [ $waited = 5 ]; then
             return 1
         fi
@@ -2056,10 +2138,10 @@ read_stamp() {
 # run_second_dhclient: run a second dhclient, as the running one cannot be asked
 #
 # Returns whether the server has heard it. The second one has the arguments of the running one, and
-# its identity (DUID), so that it gets the same address; but not its lease, with which it would ask
-# nobody. Its script would set up the $interface; /bin/true does nothing.
+# its identity (DUID), so that it gets the same address. It does not have the lease, as it would use
+# that and ask nobody. Instead of the script that sets up the $interface, it runs /bin/true.
 run_second_dhclient() {
-    local IFS=' ' words leases configuration identity second_leases pid_file word told=''
+    local IFS=' ' words leases configuration identity second_leases pid_file word is_told=''
     find_process dhclient
     [ -n "$value" ] || return # it has ended
     words=${value#* }
@@ -2083,13 +2165,14 @@ run_second_dhclient() {
         esac
     done
     set -- "$@" -q -sf /bin/true -pf "$pid_file" -lf "$second_leases"
-    # -1: ask once; it then goes on in the background. -x: end it.
-    if write_file "$second_leases" 600 '' printf '%s\n' "$identity" &&
-        run dhclient "$@" -1 && run dhclient "$@" -x; then
-        told=yes
+    if write_file "$second_leases" 600 '' printf '%s\n' "$identity"; then
+        # With -1 it asks, and goes on in the background. With -x it is ended.
+        if run dhclient "$@" -1 && run dhclient "$@" -x; then
+            is_told=yes
+        fi
     fi
     run rm -f "$second_leases" "$pid_file"
-    [ -n "$told" ]
+    [ -n "$is_told" ]
 }
 
 # find_value OPTION WORDS: sets $value to the word behind the option, '' if the option is not there
@@ -2134,7 +2217,8 @@ is_remembered() {
 
 # swap_bytes ID: sets $value to an id with the bytes of its first three groups in the other order.
 #
-# Firmware shows the id of a VM in one order or the other. An update may change it.
+# 00112233-4455-6677-… becomes 33221100-5544-7766-…, and the other way round. Firmware shows the id
+# of a VM in one order or the other. An update may change it.
 swap_bytes() {
     value=$(printf '%s\n' "$1" | sed \
         's/^\(..\)\(..\)\(..\)\(..\)-\(..\)\(..\)-\(..\)\(..\)-/\4\3\2\1-\6\5-\8\7-/')

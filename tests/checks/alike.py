@@ -25,7 +25,7 @@ ONLY_PYTHON = {
     'read_body': 'curl or wget does it',
     'StrictResponse': 'curl or wget does it',
     'text_of': 'read_xml of the shell keeps the texts',
-    'label_of': 'the shell has ${leaf##*/}',
+    'last_part': 'the shell has ${leaf##*/}',
     'split_words': 'the shell has IFS',
 }
 ONLY_SHELL = {
@@ -36,18 +36,20 @@ ONLY_SHELL = {
     'send_with_wget': 'Python has transfer',
     'take_reply': 'Python is given status and body apart',
     'is_status': 'the same',
-    'is_markup': 'Python has an XML parser',
+    'skip_markup': 'Python has an XML parser',
     'read_piece': 'Python has an XML parser',
     'has_paired_quotes': 'Python has an XML parser',
     'open_element': 'Python has an XML parser',
     'close_element': 'Python has an XML parser',
     'is_blank': 'Python has an XML parser',
+    'has_line': 'Python has in',
+    'remove_white_space': 'Python has join',
     'replace_underscores': 'Python has str.replace',
     'find_owner': 'Python has os.stat',
     'decode_entities': 'Python has an XML parser',
     'print_line': 'Python gives a command its input',
     'drop_first_lines': 'Python has del',
-    'file_behind': 'Python has os.path.realpath',
+    'resolve_symlink': 'Python has os.path.realpath',
     'decode_base64': 'Python has base64',
 }
 # The same function with two names, Python's first, each with its reason.

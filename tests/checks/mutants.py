@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """Test the cases: each mutant of mutants.txt is caught by the case that it names.
 
-python3 tests/checks/mutants.py [--show] [TEXT]
+python3 tests/checks/mutants.py [--show] [--cases-pass] [TEXT]
 
 TEXT chooses the mutants that have it in their name or in that of their case. --show also prints
-what the case finds. Prints TAP. Exit status: 0 all are caught or skipped, 1.
+what the case finds. The script itself has to pass each of the cases, which is tested, too; not with
+--cases-pass, for a run of tests in which all cases are run anyway. Prints TAP. Exit status: 0 all
+are caught or skipped, 1.
 """
 
 import argparse
@@ -123,8 +125,8 @@ def wrong_rules(mutants, table):
 class Checker:
     """Runs cases for mutants and for the script itself: those that wait side by side."""
 
-    def __init__(self, folder, refused):
-        self.folder, self.refused = folder, refused
+    def __init__(self, folder, refused, cases_pass):
+        self.folder, self.refused, self.cases_pass = folder, refused, cases_pass
         self.known = {case.name: case for case in cases.find()[0]}
         self.source = pathlib.Path(SCRIPT).read_text(encoding='utf-8')
         self.busy = concurrent.futures.ThreadPoolExecutor(run.BUSY)
@@ -166,11 +168,12 @@ class Checker:
                 yield mutant, str(error), []
                 continue
             key = mutant.case, '--strict' in mutant.options
-            if key not in originals:
+            if key not in originals and not self.cases_pass:
                 originals[key] = self.run(mutant, SCRIPT)
-            runs.append((mutant, originals[key], changed))
+            runs.append((mutant, originals.get(key), changed))
         for mutant, original, changed in runs:
-            yield (mutant, *self.outcome(original.result(), changed.result()))
+            found = original.result() if original else []
+            yield (mutant, *self.outcome(found, changed.result()))
 
     @staticmethod
     def outcome(original, changed):
@@ -200,12 +203,12 @@ class Report:
         self.tell(what, problem, found)
 
 
-def check(mutants, report):
+def check(mutants, report, cases_pass=False):
     """Run the mutants, and print what came of them."""
     run.LIMIT = LIMIT
     refused = sandbox.refusal()  # before the folder: it is in the sandbox
     with tempfile.TemporaryDirectory() as folder:
-        checker = Checker(folder, refused)
+        checker = Checker(folder, refused, cases_pass)
         possible, again = [], []
         for mutant in mutants:
             reason = checker.reason_to_skip(mutant)
@@ -228,6 +231,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--show', action='store_true')
+    parser.add_argument('--cases-pass', action='store_true')
     parser.add_argument('text', nargs='?', default='', metavar='TEXT')
     options = parser.parse_args()
     table = TABLE.read_text(encoding='utf-8')
@@ -236,7 +240,7 @@ def main():
         sys.exit('%s: %d mutants; there were %d' % (TABLE.name, len(mutants), FEWEST))
     chosen = [each for each in mutants if options.text in '%s %s' % (each.name, each.case)]
     report = Report(len(chosen) + 1, options.show)
-    check(chosen, report)
+    check(chosen, report, options.cases_pass)
     wrong = list(wrong_rules(mutants, table))
     report.tell('each rule of the contract has its mutant', ', '.join(wrong))
     sys.exit(0 if report.good else 1)

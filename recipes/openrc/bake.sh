@@ -33,6 +33,11 @@ printf '%s\n' 'auto lo' 'iface lo inet loopback' '' 'auto eth0' 'iface eth0 inet
 rc-update add networking boot
 rc-update add azure-provisioning default
 
+# When seedrng ends, it writes a seed, which all VMs of the image would have. It must not run to the
+# end of this system.
+if [ -x /etc/init.d/seedrng ]; then
+    rc-service --ifstarted seedrng stop || :
+fi
 # The services of sshd and dropbear make host keys when they start.
 rm -f /etc/ssh/ssh_host_*_key* /etc/dropbear/dropbear_*_host_key /etc/machine-id
 rm -rf /var/lib/azure-provisioning /var/lib/seedrng
@@ -42,4 +47,17 @@ if [ -n "${1-}" ] && grep -q "^$1:" /etc/passwd; then
     deluser --remove-home "$1"
 fi
 rm -f /etc/passwd- /etc/shadow- /etc/group- # they still have the account
+
+warn() {
+    echo "bake.sh: warning: $1" >&2
+}
+if ! command -v wget >/dev/null && ! command -v curl >/dev/null; then
+    warn 'there is neither wget nor curl: the agent cannot run'
+fi
+if ! command -v doas >/dev/null && ! command -v sudo >/dev/null; then
+    warn 'there is neither doas nor sudo: the user cannot become root'
+fi
+if [ ! -e /etc/runlevels/default/sshd ] && [ ! -e /etc/runlevels/default/dropbear ]; then
+    warn 'neither sshd nor dropbear is in the runlevel default: nobody can log in'
+fi
 echo 'bake.sh: done. Do not start this system again before it is an image.'

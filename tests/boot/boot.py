@@ -72,8 +72,8 @@ Environment=AZURE_PROVISIONING_ATTEMPTS=1 AZURE_PROVISIONING_TIMEOUT=1
 
 
 def has_failed(report, *parts):
-    """Assert that the unit failed, with these parts of a reason in its last line, stays enabled, and
-    left the hostname alone.
+    """Assert that the unit failed, with these parts of a reason in the last line, stays enabled,
+    and left the hostname alone.
     """
     expect(
         report,

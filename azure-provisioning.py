@@ -735,6 +735,11 @@ def request_property(step, leaf, element, optional=False):
     return retry(step, request_text, leaf, optional=optional), None
 
 
+def has_dvd_drive():
+    """Whether there is a DVD drive. At the first boot, the DVD is in it, or comes soon."""
+    return os.path.exists('/dev/sr0')
+
+
 def request_text(leaf):
     """Return a value from IMDS, squeezed. Raise Failed if it is empty, or cannot be had."""
     text = squeeze(request_leaf(leaf))
@@ -794,8 +799,8 @@ def sync_all():
 
 # ================================================================================================
 # The default run ends here. What follows runs only if another step is named. There is one
-# exception: where the program can see a DVD drive, and IMDS has no hostname, the step hostname uses
-# the section about the DVD. In the sandbox of our unit, without a drop-in, it can see none.
+# exception: where has_dvd_drive finds a drive, the step hostname also uses the section about the
+# DVD. In the sandbox of our unit, without a drop-in, it finds none.
 # ================================================================================================
 
 
@@ -839,7 +844,7 @@ def request_vm_id():
 
 
 def read_vm_id():
-    """Return the id of this VM, '' if the firmware does not tell one."""
+    """Return the id of this VM in its firmware, '' if there is none."""
     try:
         vm_id = read_file('/sys/class/dmi/id/product_uuid').lower()
     except Failed:
@@ -848,7 +853,7 @@ def read_vm_id():
 
 
 def is_vm_id(text):
-    """Whether a text is the id of a VM: 36 digits, small letters and dashes."""
+    """Whether a text is the id of a VM: 36 of '0' to '9', 'a' to 'f' and '-'."""
     return re.fullmatch('[0-9a-f-]{36}', text) is not None
 
 
@@ -999,14 +1004,15 @@ def split_keys(text):
     key before it, unless it begins with a type, or with options and a type:
         ssh-rsa AAAA…
         no-pty ssh-rsa AAAA…
+    A key with options is refused later.
     """
     keys = []
     for line in re.split('[\r\n]', text):
         if not squeeze(line):
             continue
-        is_type = '^(ssh|ecdsa|sk)-'
-        has_type = ' (ssh|ecdsa|sk)-.* AAAA'
-        if not keys or re.search(f'{is_type}|{has_type}', squeeze(line)):
+        type_first = '^(ssh|ecdsa|sk)-'
+        type_behind_options = ' (ssh|ecdsa|sk)-.* AAAA'
+        if not keys or re.search(f'{type_first}|{type_behind_options}', squeeze(line)):
             keys.append('')
         keys[-1] += line
     return [squeeze(key) for key in keys] or ['']
@@ -1191,9 +1197,10 @@ def make_keys_folder(account, folder):
 
 
 def make_home(account):
-    """Make the home if it is missing. If it is root's, do what is left: useradd was interrupted.
+    """Make the home, unless it is there and the user's.
 
-    Raise Failed if it is somebody else's: the keys in it are theirs, too.
+    If it is root's, useradd was interrupted: do the rest. If it is somebody else's, raise Failed:
+    the keys in it are theirs, too.
     """
     home = account.home
     uid, gid = account.owner
@@ -1201,7 +1208,7 @@ def make_home(account):
         owner_of_home = os.stat(home).st_uid
         if owner_of_home == uid:
             return
-        is_top = not re.match('/.*/.', os.path.realpath(home))  # / or /usr: useradd made another
+        is_top = not re.match('/.*/.', os.path.realpath(home))  # as / and /usr: root's for good
         if owner_of_home != 0 or is_top:
             raise Failed(f'{home}: belongs to another user')
     else:
@@ -1338,11 +1345,6 @@ def may_be_utf_8(document):
     declaration, _, _ = behind.partition(b'?>')
     encoding = re.search(b'encoding[ \t\r\n]*=[ \t\r\n]*["\']([^"\']*)', declaration)
     return encoding is None or encoding.group(1).upper() in (b'UTF-8', b'US-ASCII')
-
-
-def has_dvd_drive():
-    """Whether there is a DVD drive. At the first boot, the DVD is in it, or comes soon."""
-    return os.path.exists('/dev/sr0')
 
 
 def request_from_both(step, leaf, element, optional):

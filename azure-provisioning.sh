@@ -958,6 +958,11 @@ request_property() {
     retry "$1" "$ATTEMPTS" "$4" request_text "$2"
 }
 
+# has_dvd_drive: whether there is a DVD drive. At the first boot, the DVD is in it, or comes soon.
+has_dvd_drive() {
+    [ -e /dev/sr0 ]
+}
+
 # request_text LEAF: sets $value to a value from IMDS, squeezed. Can fail, also if it is empty.
 request_text() {
     request_leaf "$1" || return
@@ -1011,8 +1016,8 @@ sync_all() {
 
 # ================================================================================================
 # The default run ends here. What follows runs only if another step is named. There is one
-# exception: where the program can see a DVD drive, and IMDS has no hostname, the step hostname uses
-# the section about the DVD. In the sandbox of our unit, without a drop-in, it can see none.
+# exception: where has_dvd_drive finds a drive, the step hostname also uses the section about the
+# DVD. In the sandbox of our unit, without a drop-in, it finds none.
 # ================================================================================================
 
 # ---- NotReady: a step before ready failed ------------------------------------------------------
@@ -1053,7 +1058,7 @@ request_vm_id() {
     fi
 }
 
-# read_vm_id: sets $vm_id to the id of this VM, '' if the firmware does not tell one
+# read_vm_id: sets $vm_id to the id of this VM in its firmware, '' if there is none
 read_vm_id() {
     vm_id=''
     if read_file /sys/class/dmi/id/product_uuid; then
@@ -1064,7 +1069,7 @@ read_vm_id() {
     fi
 }
 
-# is_vm_id TEXT: whether it is the id of a VM: 36 digits, small letters and dashes
+# is_vm_id TEXT: whether it is the id of a VM: 36 of '0' to '9', 'a' to 'f' and '-'
 is_vm_id() {
     case $1 in
     *[!0-9a-f-]*) return 1 ;;
@@ -1242,6 +1247,7 @@ pick_keys() {
 # before it, unless it begins with a type, or with options and a type:
 #     ssh-rsa AAAA…
 #     no-pty ssh-rsa AAAA…
+# A key with options is refused later.
 split_keys() {
     local each split='' IFS
     IFS=$(printf '\r')$NEWLINE
@@ -1506,8 +1512,10 @@ make_keys_folder() {
     fi
 }
 
-# make_home: make the $home if it is missing. If it is root's, do what is left: useradd was
-# interrupted. Can fail, also if it is somebody else's: the keys in it are theirs, too.
+# make_home: make the $home, unless it is there and the user's; can fail
+#
+# If it is root's, useradd was interrupted: do the rest. If it is somebody else's, fail: the keys in
+# it are theirs, too.
 make_home() {
     local owner_of_home
     if [ -d "$home" ]; then
@@ -1518,7 +1526,7 @@ make_home() {
         fi
         resolve_symlink "$home"
         case $owner_of_home:$value in
-        0:/*/?*) ;; # not / or /usr: useradd made another
+        0:/*/?*) ;; # not / or /usr, which are root's for good
         *) fail "$home: belongs to another user" || return ;;
         esac
     else
@@ -1690,11 +1698,6 @@ may_be_utf_8() {
     *encoding*=*[\"\'][Uu][Ss]-[Aa][Ss][Cc][Ii][Ii][\"\']*) ;;
     *encoding*=*) return 1 ;;
     esac
-}
-
-# has_dvd_drive: whether there is a DVD drive. At the first boot, the DVD is in it, or comes soon.
-has_dvd_drive() {
-    [ -e /dev/sr0 ]
 }
 
 # request_from_both STEP LEAF ELEMENT required|optional: do the first two parts of request_property;

@@ -398,15 +398,15 @@ exchange() {
         --header 'Accept: */*' \
         --header 'Accept-Encoding: identity' \
         --header 'Connection: close'
-    if has_command curl; then
-        { take_reply "$(send_with_curl "$@")"; } 2>/dev/null # Bash would warn of a NUL byte
-    else
-        # head bounds the body, with room for the lines behind it. The shell would drop a NUL byte:
-        # tr makes it INVALID.
-        take_reply "$(send_with_wget "$@" 2>/dev/null |
-            head -c $((limit + 100)) |
-            tr '\000' "$INVALID")"
-    fi
+    {
+        if has_command curl; then
+            take_reply "$(send_with_curl "$@")"
+        else
+            # head bounds the body, with room for the lines behind it. The shell would drop a NUL
+            # byte: tr makes it INVALID.
+            take_reply "$(send_with_wget "$@" | head -c $((limit + 100)) | tr '\000' "$INVALID")"
+        fi
+    } 2>/dev/null # without what the programs say, and Bash of a NUL byte
     case $status:$problem in
     '000:no connection' | '000:timed out') no_reply=yes ;;
     *) has_reply=yes ;;

@@ -30,8 +30,21 @@ EXPECTED_FAILURES = pathlib.Path(__file__).resolve().parent / 'expected-failures
 ENTRY = re.compile('(?P<configuration>[^:]+): (?P<case>[^ ]+)(?P<sometimes> sometimes)?')
 SHOWN = 3  # failures that are shown with what differs
 # What the shell script has to find on PATH, beside curl or wget
-DEFAULT_STEPS = ['chmod', 'mkdir', 'mv', 'rm', 'sleep']
-OTHER_STEPS = ['base64', 'cat', 'chown', 'cp', 'date', 'ls', 'readlink', 'tr']
+DEFAULT_STEPS = ['chmod', 'mkdir', 'mv', 'rm', 'sleep', 'sync']
+RUNNER = ['setpriv']  # what the kit starts it by
+OTHER_STEPS = [
+    'base64',
+    'cat',
+    'chown',
+    'cp',
+    'date',
+    'grep',
+    'ls',
+    'readlink',
+    'sed',
+    'tr',
+    'uname',
+]
 WGET = ['wget', 'head', 'timeout']
 ROGUE = """echo rogue
 alias command=false printf=false sleep=false curl=false
@@ -180,7 +193,9 @@ CONFIGURATIONS = [
     configuration('BusyBox and curl', FAMILIES, shell, BUSYBOX, ['applets', 'curl']),
     # BusyBox's timeout waits for up to a second.
     configuration('BusyBox alone', FAMILIES, shell, BUSYBOX, ['applets'], at_once=run.WAITING),
-    configuration('GNU wget', FAMILIES, shell, ['dash'], DEFAULT_STEPS + OTHER_STEPS + WGET),
+    configuration(
+        'GNU wget', FAMILIES, shell, ['dash'], DEFAULT_STEPS + OTHER_STEPS + WGET + RUNNER
+    ),
     configuration('curl and little else', SOME, shell, ['dash'], DEFAULT_STEPS + ['curl']),
     configuration('a closed stdin', SOME, no_stdin),
     configuration('a relative path', SOME, relative_path),

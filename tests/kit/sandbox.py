@@ -15,6 +15,7 @@ import functools
 import os
 import pathlib
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -55,6 +56,7 @@ class Refused(Exception):
 
 def enter():
     """Go on in namespaces; this process may have no other threads."""
+    hear_interrupts()
     if entered:
         return
     user, group, here = os.getuid(), os.getgid(), os.getcwd()
@@ -72,6 +74,12 @@ def enter():
     protect()
     socket.sethostname(MACHINE_NAME)
     lo_up()
+
+
+def hear_interrupts():
+    """Let programs end by SIGINT: a shell has what it starts in the background ignore that."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def system_call(name, what, *arguments):

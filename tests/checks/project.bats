@@ -662,8 +662,16 @@ copy_kit() {
     copy_kit
     for family in "$folder"/kit/cases/*/family; do sed -i 's/^exit: .*/exit: 7/' "$family"; done
     sed -i 's/^exit: .*/exit: 7/' "$folder"/kit/cases/*/*.case*
-    run python3 "$folder/kit/run.py" --only must- "sh $PWD/azure-provisioning.sh"
-    [[ $output == *$'\n0 passed'* ]]
+    chosen='command-line/must-help data/must-default dry-run/must-default goal-state-faults/must-chunked
+        goal-states/must-platform health-report-faults/must-close hostnames/must-64 imds/must-close
+        keys/must-blank-late not-ready/must-not-default passwords/must-default publish/must-networkctl
+        remember/must-default runs/must-default users/must-default'
+    # shellcheck disable=SC2086 # words
+    [ "$(dirname $chosen)" = "$(cd "$folder/kit/cases" && dirname -- */family)" ]
+    for case in $chosen; do
+        run python3 "$folder/kit/run.py" --only "$case" "sh $PWD/azure-provisioning.sh"
+        [[ $output == *$'\n0 passed, '[1-9]* ]]
+    done
 }
 
 @test "nothing of a test changes this machine, whatever its PATH has" {

@@ -13,14 +13,14 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 
 import kit_path  # noqa: F401  before the modules of the kit
 import sandbox
 from host import Answer, Host, children, good
-from run import OURS, command_line
-from tap import Skipped, measured, tell
+from programs import hold_programs
+from run import command_line
+from tap import measured
 
 CORES = len(os.sched_getaffinity(0))
 # Attempts that a run says: powers of two.
@@ -263,24 +263,5 @@ def documents_of_64_kib(program):
 CHECKS = [refused_attempts, silent_attempts, documents_of_64_kib]
 
 
-def hold(check, program, refused):
-    """Hold a program against a check, where there is a sandbox to run it in."""
-    if refused:
-        raise Skipped(refused)
-    check(program)
-
-
-def main():
-    refused = sandbox.refusal()
-    programs = sys.argv[1:] or OURS
-    print('1..%d' % (len(CHECKS) * len(programs)), flush=True)
-    passed = [
-        tell('%s: %s' % (program, each.__doc__), hold, each, program, refused)
-        for program in programs
-        for each in CHECKS
-    ]
-    sys.exit(0 if all(passed) else 1)
-
-
 if __name__ == '__main__':
-    main()
+    hold_programs(CHECKS)

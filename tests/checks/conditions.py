@@ -12,7 +12,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 
@@ -20,8 +19,9 @@ import kit_path  # noqa: F401  before the modules of the kit
 import files
 import sandbox
 from host import Answer, Host, children, good
-from run import OURS, command_line
-from tap import Skipped, tell
+from programs import hold_programs
+from run import command_line
+from tap import Skipped
 
 WITHOUT_HOSTNAMECTL = """
 "$MOUNT" -t tmpfs -o size=8k none /etc && [ ! -e /etc/passwd ] || exit 99
@@ -203,25 +203,5 @@ CHECKS = [
 ]
 
 
-def hold(check, program, refused):
-    """Hold a program against a check, where there is a sandbox to run it in."""
-    if refused:
-        raise Skipped(refused)
-    check(program)
-
-
-def main():
-    refused = sandbox.refusal()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, in the background
-    programs = sys.argv[1:] or OURS
-    print('1..%d' % (len(CHECKS) * len(programs)), flush=True)
-    passed = [
-        tell('%s: %s' % (program, each.__doc__), hold, each, program, refused)
-        for program in programs
-        for each in CHECKS
-    ]
-    sys.exit(0 if all(passed) else 1)
-
-
 if __name__ == '__main__':
-    main()
+    hold_programs(CHECKS)

@@ -11,14 +11,12 @@ import concurrent.futures
 import os
 import re
 import shutil
-import sys
 
 import kit_path  # noqa: F401  before the modules of the kit
 import files
-import sandbox
 from host import Host
-from run import OURS
-from tap import Skipped, measured, tell
+from programs import hold_programs
+from tap import Skipped, measured
 from whole_run import IMAGE_WITH_USER, USER, Machine, answers, differences, image, ovf
 
 CORES = len(os.sched_getaffinity(0))
@@ -186,25 +184,5 @@ def changes(name, arguments):
     return True
 
 
-def hold(check, program, refused):
-    """Hold a program against a check, where there is a sandbox to run it in."""
-    if refused or sandbox.without_roots():
-        raise Skipped(refused or sandbox.without_roots())
-    sandbox.default_route()
-    check(program)
-
-
-def main():
-    refused = sandbox.refusal()
-    programs = sys.argv[1:] or OURS
-    print('1..%d' % (len(CHECKS) * len(programs)), flush=True)
-    passed = [
-        tell('%s: %s' % (program, each.__doc__), hold, each, program, refused)
-        for program in programs
-        for each in CHECKS
-    ]
-    sys.exit(0 if all(passed) else 1)
-
-
 if __name__ == '__main__':
-    main()
+    hold_programs(CHECKS, with_root=True)

@@ -11,15 +11,13 @@ import concurrent.futures
 import contextlib
 import os
 import shutil
-import sys
 import threading
 
 import kit_path  # noqa: F401  before the modules of the kit
 import files
-import sandbox
 from host import Host, endpoint_of
-from run import OURS
-from tap import Skipped, measured, tell
+from programs import hold_programs
+from tap import measured
 from whole_run import Machine, answers, differences, image
 
 CORES = len(os.sched_getaffinity(0))
@@ -111,24 +109,5 @@ def problem_of(program, meeting, is_slow, wanted):
     return 'both at %s%s:\n%s%s\n' % (meeting or 'any time', slowed, problem, '\n'.join(said))
 
 
-def hold(check, program, refused):
-    """Hold a program against a check, where there is a sandbox to run it in."""
-    if refused or sandbox.without_roots():
-        raise Skipped(refused or sandbox.without_roots())
-    sandbox.default_route()
-    check(program)
-
-
-def main():
-    refused = sandbox.refusal()
-    programs = sys.argv[1:] or OURS
-    print('1..%d' % len(programs), flush=True)
-    passed = [
-        tell('%s: %s' % (program, both_end_well.__doc__), hold, both_end_well, program, refused)
-        for program in programs
-    ]
-    sys.exit(0 if all(passed) else 1)
-
-
 if __name__ == '__main__':
-    main()
+    hold_programs([both_end_well], with_root=True)

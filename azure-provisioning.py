@@ -721,17 +721,24 @@ def set_kernel_hostname(name):
 def request_property(step, leaf, element, optional=False):
     """Return a property that the user gave the VM, squeezed, and the root element of the DVD.
 
-    The property is a leaf in IMDS, and an element on the DVD. IMDS is asked first; but the one of
-    Azure Stack has no properties. So, if there is a drive:
-    1. Ask IMDS for some minutes.
-    2. Look on the DVD. If the text is from there, return its root, otherwise None.
-    And then, or if there is no drive:
-    3. Ask IMDS, with all attempts. The text is '' if IMDS does not have an optional property.
+    The property is a leaf in IMDS, and an element on the DVD. If it comes from IMDS, the root is
+    None. The text is '' if IMDS does not have an optional property. Raise Failed after all
+    attempts.
     """
     if has_dvd_drive():
-        text, dvd_root = request_from_both(step, leaf, element, optional)
-        if text:
-            return text, dvd_root
+        # 1. Ask IMDS for some minutes. That of Azure Stack has no properties.
+        attempts = min(ATTEMPTS_BEFORE_DVD, settings.attempts)
+        with contextlib.suppress(Failed):
+            text = retry(step, request_text, leaf, optional=optional, attempts=attempts)
+            if text:
+                return text, None
+        # 2. Look on the DVD.
+        with contextlib.suppress(Failed):
+            dvd_root = retry(step, request_dvd, attempts=DVD_ATTEMPTS)
+            text = find_squeezed(dvd_root, f'{OVF_PATH}/{element}')
+            if text:
+                return text, dvd_root
+    # 3. Ask IMDS, with all attempts.
     return retry(step, request_text, leaf, optional=optional), None
 
 
@@ -1345,20 +1352,6 @@ def may_be_utf_8(document):
     declaration, _, _ = behind.partition(b'?>')
     encoding = re.search(b'encoding[ \t\r\n]*=[ \t\r\n]*["\']([^"\']*)', declaration)
     return encoding is None or encoding.group(1).upper() in (b'UTF-8', b'US-ASCII')
-
-
-def request_from_both(step, leaf, element, optional):
-    """Do the first two parts of request_property. The text is '' if neither has the property."""
-    attempts = min(ATTEMPTS_BEFORE_DVD, settings.attempts)
-    with contextlib.suppress(Failed):
-        text = retry(step, request_text, leaf, optional=optional, attempts=attempts)
-        if text:
-            return text, None
-    try:
-        dvd_root = retry(step, request_dvd, attempts=DVD_ATTEMPTS)
-    except Failed:
-        return '', None
-    return find_squeezed(dvd_root, f'{OVF_PATH}/{element}'), dvd_root
 
 
 def mount_dvd():

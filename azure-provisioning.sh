@@ -942,20 +942,32 @@ set_kernel_hostname() {
 }
 
 # request_property STEP LEAF ELEMENT required|optional: sets $value to a property that the user gave
-# the VM, squeezed, and $origin to imds or dvd. Can fail.
+# the VM, squeezed, and $origin to imds or dvd. Can fail, after all attempts.
 #
-# The property is a leaf in IMDS, and an element on the DVD. IMDS is asked first; but the one of
-# Azure Stack has no properties. So, if there is a drive:
-# 1. Ask IMDS for some minutes.
-# 2. Look on the DVD.
-# And then, or if there is no drive:
-# 3. Ask IMDS, with all attempts. $value is '' if IMDS does not have an optional property.
+# The property is a leaf in IMDS, and an element on the DVD. $value is '' if IMDS does not have an
+# optional property.
 request_property() {
-    if has_dvd_drive && request_from_both "$@"; then
-        return
-    fi
+    local step="$1" leaf="$2" element="$3" kind="$4" attempts="$ATTEMPTS_BEFORE_DVD"
     origin=imds
-    retry "$1" "$ATTEMPTS" "$4" request_text "$2"
+    if has_dvd_drive; then
+        # 1. Ask IMDS for some minutes. That of Azure Stack has no properties.
+        if [ "$ATTEMPTS" -lt "$attempts" ]; then
+            attempts=$ATTEMPTS
+        fi
+        if retry "$step" "$attempts" "$kind" request_text "$leaf" && [ -n "$value" ]; then
+            return
+        fi
+        # 2. Look on the DVD.
+        if retry "$step" "$DVD_ATTEMPTS" required request_dvd; then
+            find_squeezed "$OVF_PATH/$element"
+            if [ -n "$value" ]; then
+                origin=dvd
+                return
+            fi
+        fi
+    fi
+    # 3. Ask IMDS, with all attempts.
+    retry "$step" "$ATTEMPTS" "$kind" request_text "$leaf"
 }
 
 # has_dvd_drive: whether there is a DVD drive. At the first boot, the DVD is in it, or comes soon.
@@ -1698,23 +1710,6 @@ may_be_utf_8() {
     *encoding*=*[\"\'][Uu][Ss]-[Aa][Ss][Cc][Ii][Ii][\"\']*) ;;
     *encoding*=*) return 1 ;;
     esac
-}
-
-# request_from_both STEP LEAF ELEMENT required|optional: do the first two parts of request_property;
-# returns 1 if neither has the property
-request_from_both() {
-    local step="$1" leaf="$2" element="$3" kind="$4" attempts="$ATTEMPTS_BEFORE_DVD"
-    if [ "$ATTEMPTS" -lt "$attempts" ]; then
-        attempts=$ATTEMPTS
-    fi
-    origin=imds
-    if retry "$step" "$attempts" "$kind" request_text "$leaf" && [ -n "$value" ]; then
-        return
-    fi
-    origin=dvd
-    retry "$step" "$DVD_ATTEMPTS" required request_dvd || return
-    find_squeezed "$OVF_PATH/$element"
-    [ -n "$value" ]
 }
 
 # mount_dvd: mount the DVD where only root can see it, unless it is mounted: an umount may have

@@ -14,6 +14,7 @@ import ast
 import builtins
 import collections
 import concurrent.futures
+import functools
 import os
 import pathlib
 import re
@@ -41,6 +42,7 @@ RULE = re.compile(r'^(?:\| |- )\*\*(\w+)\*\*', re.MULTILINE)  # in the contract
 CHANGE = re.compile(r'    (?P<old>\S.*?) =>(?: (?P<new>.*))?')
 CONTINUED = re.compile('        (?P<line>.*)')
 LINE_BREAK = ' // '  # within an old text
+PART_BREAK = '\n\n\n'  # between the functions of the script
 
 Mutant = collections.namedtuple('Mutant', 'name rule options case why changes')
 
@@ -76,10 +78,7 @@ def source_of(mutant, source):
         raise BadMutant('it has no change')
     for old, new in mutant.changes:
         source = replaced(source, old, new)
-    try:
-        missing = undefined_names(ast.parse(source))
-    except SyntaxError as error:
-        raise BadMutant('no Python: %s' % error) from error
+    missing = undefined_names(source)
     if missing:
         raise BadMutant('nothing has the name %s' % ', '.join(sorted(missing)))
     return source
@@ -97,9 +96,24 @@ def replaced(source, old, new):
     return source[:start] + new.replace('\n', '\n' + indentation) + source[end:]
 
 
-def undefined_names(tree):
+def undefined_names(source):
     """Return the names that are used and nowhere defined: a crash would be caught by any case."""
     used, defined = set(), set(dir(builtins))
+    for part in source.split(PART_BREAK):
+        names = names_of(part)
+        used |= names[0]
+        defined |= names[1]
+    return used - defined
+
+
+@functools.lru_cache(maxsize=None)  # a mutant differs from the script in one part or two
+def names_of(part):
+    """Return the names that a part of a source uses, and those that it defines."""
+    try:
+        tree = ast.parse(part)
+    except SyntaxError as error:
+        raise BadMutant('no Python: %s' % error) from error
+    used, defined = set(), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
             (used if isinstance(node.ctx, ast.Load) else defined).add(node.id)
@@ -109,7 +123,7 @@ def undefined_names(tree):
             defined.add((node.asname or node.name).split('.')[0])
         elif hasattr(node, 'name'):
             defined.add(node.name)  # of a function, a class or an exception
-    return used - defined
+    return used, defined
 
 
 def wrong_rules(mutants, table):

@@ -132,7 +132,7 @@ class Run:
             (self.host.wireserver, self.host.imds),
             self.environment(common),
             root,
-            ['--net'] if self.case.network == 'none' else [],
+            sandbox.NETWORK if self.case.network == 'none' else 0,
             cwd=self.home,
             start_new_session=True,
             **outputs,

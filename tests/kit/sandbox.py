@@ -8,13 +8,13 @@ first on PATH and base URLs on loopback; if it is given a root, with the folders
 place of the machine's.
 """
 
+import concurrent.futures
 import contextlib
 import ctypes
 import fcntl
 import functools
 import os
 import pathlib
-import shutil
 import signal
 import socket
 import struct
@@ -25,7 +25,7 @@ import files
 from host import is_loopback, leads_out
 
 STUBS = str(pathlib.Path(__file__).resolve().parent / 'stubs')
-NAMESPACES = 0x00020000 | 0x40000000 | 0x04000000 | 0x08000000  # mounts, network, hostname, IPC
+MOUNTS, NETWORK, NAME, IPC = 0x00020000, 0x40000000, 0x04000000, 0x08000000  # namespaces
 USERS = 0x10000000
 READ_ONLY, REMOUNT, BIND, RECURSIVE, PRIVATE = 1, 32, 4096, 16384, 1 << 18
 STRICT_TIMES = 1 << 24
@@ -40,12 +40,6 @@ SERVICES = ('/run/dbus', '/run/systemd')  # whose sockets lead to what runs on t
 HOSTNAME = '/proc/sys/kernel/hostname'
 MACHINE_NAME = 'sandbox'  # the hostname in the sandbox
 HIDDEN = ('home', 'var/lib')  # of the folders that are replaced, those in which a program may be
-NOT_ENTERED = 125  # exit status where the root could not be put in place
-ENTER = """
-mount --all --fstab "$1" && [ -e /%s ] || exit %d
-shift
-exec "$@"
-""" % (files.MARK, NOT_ENTERED)
 
 entered = []  # the folder for temporary files, once this process is in its namespaces
 
@@ -60,7 +54,7 @@ def enter():
     if entered:
         return
     user, group, here = os.getuid(), os.getgid(), os.getcwd()
-    system_call('unshare', 'namespaces', NAMESPACES | (USERS if user else 0))
+    system_call('unshare', 'namespaces', MOUNTS | NETWORK | NAME | IPC | (USERS if user else 0))
     if user:
         write_map('setgroups', 'deny')
         write_map('uid_map', '0 %d 1' % user)
@@ -160,12 +154,12 @@ def lo_up():
         fcntl.ioctl(control, 0x8914, struct.pack('16sH14x', b'lo', up))  # SIOCSIFFLAGS
 
 
-def start(words, urls, environment, root=None, namespaces=(), **options):
+def start(words, urls, environment, root=None, namespaces=0, **options):
     """Start a program: its words, base URLs of the WireServer and IMDS, and its environment but for
     these and the stubs.
 
-    PATH is this process's, where the environment has none. A root may have more namespaces than its
-    own, options of unshare. Options are those of subprocess.Popen.
+    PATH is this process's, where the environment has none. A root may have more namespaces than
+    those for mounts and the hostname. Options are those of subprocess.Popen.
     """
     check(urls, environment)
     reach = reachable if root else str
@@ -174,16 +168,12 @@ def start(words, urls, environment, root=None, namespaces=(), **options):
     environment = dict(zip(names, urls), **environment)
     environment['PATH'] = ':'.join([reach(STUBS)] + path)
     if environment.get('MISSING'):
-        folder = os.path.join(tempfile.mkdtemp(), 'path')
-        environment['PATH'] = path_without(
-            environment['MISSING'].split(), environment['PATH'], folder
-        )
+        environment['PATH'] = path_without(environment['MISSING'], environment['PATH'])
     words = [reach(word) if os.path.isfile(word) else word for word in words]
+    options.update(env=environment, stdin=subprocess.DEVNULL)
     if root:
-        variables = ['%s=%s' % each for each in environment.items()]
-        words = at_root(root, namespaces) + [shutil.which('env'), '-i'] + variables + words
-        environment = None  # the commands that put the root in place are the machine's
-    return subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, **options)
+        return in_root(root, namespaces, lambda: subprocess.Popen(words, **options))
+    return subprocess.Popen(words, **options)
 
 
 def check(urls, environment):
@@ -197,12 +187,14 @@ def check(urls, environment):
         raise Refused('a base URL that is not on loopback')
 
 
-def path_without(missing, path, folder):
-    """Fill a folder with links to all commands of a path but those that are to be missing; return
+@functools.lru_cache(maxsize=None)
+def path_without(missing, path):
+    """Make a folder with links to all commands of a path but those that are to be missing; return
     it.
     """
+    folder = os.path.join(tempfile.mkdtemp(), 'path')
     os.mkdir(folder)
-    linked = set(missing)
+    linked = set(missing.split())
     for each in filter(os.path.isdir, path.split(':')):
         for name in os.listdir(each):
             if name not in linked:
@@ -218,16 +210,25 @@ def reachable(path):
     return path
 
 
-def at_root(root, namespaces):
-    """The words that run a command with the folders of a root in the place of the machine's."""
+def in_root(root, namespaces, action):
+    """Act with the folders of a root in the place of the machine's; return what that returns.
+
+    A thread can have mounts of its own. Commands that make them for each run would cost more.
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(act_in_root, root, namespaces, action).result()
+
+
+def act_in_root(root, namespaces, action):
+    system_call('unshare', 'mounts in a namespace', MOUNTS | NAME | namespaces)
     kept = [each for each in files.KEPT if os.path.exists('/' + each)]
     binds = [('/' + each, root + '/' + each) for each in kept]
     binds += [(root + '/' + folder, '/' + folder) for folder in files.REPLACED]
-    fstab = root + '.fstab'
-    with open(fstab, 'w') as file:
-        file.write(''.join('%s %s none rbind 0 0\n' % bind for bind in binds))
-    unshare = [shutil.which('unshare') or 'unshare', '--mount', '--uts', *namespaces]
-    return unshare + ['sh', '-c', ENTER, 'sh', fstab]
+    for source, target in binds:
+        mount(source, target, BIND | RECURSIVE)
+    if not os.path.exists('/' + files.MARK):
+        raise Refused('this machine does not show what was mounted')
+    return action()
 
 
 @functools.lru_cache(maxsize=None)
@@ -236,12 +237,10 @@ def without_roots():
     root = os.path.join(tempfile.mkdtemp(), 'root')
     files.put(root, {'/etc/passwd': files.File('file', 0o644, b'')})
     try:
-        words = at_root(root, ['--net']) + ['test', '-e', '/' + files.MARK]
-        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    except OSError as error:
-        return 'no command unshare: %s' % error
-    said = done.stdout.decode('utf-8', 'replace').strip().replace('\n', ' ')
-    return 'this machine refuses mounts in a namespace: %s' % said if done.returncode else ''
+        in_root(root, NETWORK, lambda: subprocess.check_call(['true']))
+    except Refused as reason:
+        return str(reason)
+    return ''
 
 
 @functools.lru_cache(maxsize=None)

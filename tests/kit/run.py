@@ -253,7 +253,7 @@ def verdict(case, program, strict, environment=None):
     """Run one case; return the differences, none if it passed, and the usage that was printed, if
     any.
     """
-    run = Run(case, program, environment or {})
+    run = in_network_of(case, lambda: Run(case, program, environment or {}))
     did, usage = compare.with_placeholders(run.did, strict)
     faults = list(run.faults)
     if strict and run.written:
@@ -262,6 +262,11 @@ def verdict(case, program, strict, environment=None):
     outcomes = [list(compare.differences(expected, did, ours)) for expected in case.expected]
     faults += compare.wrong_headers(run.requests, strict)
     return faults + min(outcomes, key=len), usage if ours else None
+
+
+def in_network_of(case, action):
+    """Return what an action returns; where a case changes the network, it gets one of its own."""
+    return sandbox.in_network(action) if case.network == 'changes' else action()
 
 
 def impossible(case):
@@ -297,9 +302,19 @@ class Runner:
 
     def results(self):
         """What came of each case, as it comes: the program, the case, the differences."""
-        jobs = [(program, case) for program in self.programs for case in self.cases]
-        again = [job for job in jobs if job[1].network == 'changes']  # it would disturb the others
-        beside = [job for job in jobs if job not in again]
+        jobs = [(program, case) for case in self.cases for program in self.programs]
+        late = []
+        for program, case, found, usage in self.side_by_side(jobs):
+            if found and waits(case) and len(late) < FEW * len(self.programs):
+                late.append((program, case))
+            else:
+                yield program, case, self.count(program, case, found, usage, len(jobs))
+        # The machine may have been too busy to keep the times.
+        for program, case, found, usage in self.side_by_side(late):
+            yield program, case, self.count(program, case, found, usage, len(jobs))
+
+    def side_by_side(self, jobs):
+        """Run cases, and yield what came of each: the program, the case, and its verdict."""
         with concurrent.futures.ThreadPoolExecutor(
             BUSY
         ) as busy, concurrent.futures.ThreadPoolExecutor(WAITING) as waiting:
@@ -307,17 +322,10 @@ class Runner:
                 (waiting if waits(case) else busy).submit(
                     verdict, case, program, self.strict, self.environment
                 ): (program, case)
-                for program, case in beside
+                for program, case in jobs
             }
             for run in concurrent.futures.as_completed(runs):
-                (program, case), (found, usage) = runs[run], run.result()
-                if found and waits(case) and len(again) < FEW * len(self.programs):
-                    again.append((program, case))
-                else:
-                    yield program, case, self.count(program, case, found, usage, len(jobs))
-        for program, case in again:  # alone, also where the machine was too busy to keep the times
-            found, usage = verdict(case, program, self.strict, self.environment)
-            yield program, case, self.count(program, case, found, usage, len(jobs))
+                yield (*runs[run], *run.result())
 
     def count(self, program, case, found, usage, jobs):
         """Count a run, and return what it found."""

@@ -210,17 +210,42 @@ def reachable(path):
     return path
 
 
-def in_root(root, namespaces, action):
-    """Act with the folders of a root in the place of the machine's; return what that returns.
+def in_network(action):
+    """Act in another network without a link; return what that returns."""
 
-    A thread can have mounts of its own. Commands that make them for each run would cost more.
+    def act():
+        lo_up()
+        return action()
+
+    return in_namespaces(NETWORK, act)
+
+
+def in_namespaces(namespaces, action):
+    """Act in new namespaces; return what that returns.
+
+    A thread can have namespaces of its own. To start commands in them for each run would cost more.
     """
+
+    def act():
+        system_call('unshare', 'namespaces', namespaces)
+        return action()
+
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        return thread.submit(act_in_root, root, namespaces, action).result()
+        return thread.submit(act).result()
 
 
-def act_in_root(root, namespaces, action):
-    system_call('unshare', 'mounts in a namespace', MOUNTS | NAME | namespaces)
+def in_root(root, namespaces, action):
+    """Act with the folders of a root in the place of the machine's; return what that returns."""
+
+    def act():
+        put_in_place(root)
+        return action()
+
+    return in_namespaces(MOUNTS | NAME | namespaces, act)
+
+
+def put_in_place(root):
+    """Mount the folders of a root over those of this machine, in the namespace of this thread."""
     kept = [each for each in files.KEPT if os.path.exists('/' + each)]
     binds = [('/' + each, root + '/' + each) for each in kept]
     binds += [(root + '/' + folder, '/' + folder) for folder in files.REPLACED]
@@ -228,7 +253,6 @@ def act_in_root(root, namespaces, action):
         mount(source, target, BIND | RECURSIVE)
     if not os.path.exists('/' + files.MARK):
         raise Refused('this machine does not show what was mounted')
-    return action()
 
 
 @functools.lru_cache(maxsize=None)
@@ -243,7 +267,6 @@ def without_roots():
     return ''
 
 
-@functools.lru_cache(maxsize=None)
 def default_route():
     """Have a default route, by lo: what /proc says of routes cannot be a file of a root.
 

@@ -112,7 +112,8 @@ def names_of(part):
     try:
         tree = ast.parse(part)
     except SyntaxError as error:
-        raise BadMutant('no Python: %s' % error) from error
+        where = (error.text or '').strip()
+        raise BadMutant('no Python: %s: %s' % (error.msg, where)) from error
     used, defined = set(), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):

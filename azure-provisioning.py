@@ -81,12 +81,11 @@ settings = types.SimpleNamespace(
 # What changes during a run.
 progress = types.SimpleNamespace(
     has_reply=False,  # whether any server has answered so far
-    quick_looks_left=1200,  # at the routes, ten times a second; later ones are once a second
 )
 
 CONNECT_LIMIT = 3  # seconds to connect, at most; they are part of the timeout
 BODY_LIMIT = 65536  # bytes of a reply's body, at most
-ABSENT_REPLIES = 5  # how often IMDS has to reply that it has no such value
+ENOUGH_ABSENCES = 5  # replies of IMDS that it has no such value, until that is believed
 WHITE_SPACE = ' \t\n\r'  # the characters that are white space in XML
 ACCOUNT_NAME = '[A-Za-z_][A-Za-z0-9._-]{0,31}'  # a regular expression, for users and groups
 
@@ -266,7 +265,7 @@ def run(*command, input_line=None):
     A dry run prints the command instead. The input line goes to its stdin, as it may be secret.
     """
     if not settings.dry_run:
-        return run_for_real(*command, input_line=input_line)
+        return run_always(*command, input_line=input_line)
     if not has_command(command[0]):
         return False
     say(f'Would run: {" ".join(command)}')
@@ -283,8 +282,8 @@ def run_twice(*command):
     return run(*command)
 
 
-def run_for_real(*command, input_line=None):
-    """Do the work of run. A dry run calls it, too, to mount the DVD and to unmount it again."""
+def run_always(*command, input_line=None):
+    """Do the work of run, in a dry run, too, which has to mount the DVD and to unmount it again."""
     input_bytes = None
     if input_line is not None:
         input_bytes = f'{input_line}\n'.encode(BYTE_ENCODING)
@@ -294,7 +293,7 @@ def run_for_real(*command, input_line=None):
         return False
 
 
-def ask(*command):
+def read_output(*command):
     """Run a command that only tells something. Return what it prints, '' if it fails.
 
     The text has no line feeds at its end.
@@ -383,10 +382,19 @@ def remove_file(path):
 def exchange(label, url, headers, data=None, limit=BODY_LIMIT):
     """Send a POST with the data, or a GET without data; return the reply's status and body.
 
-    limit: of the body, in bytes.
-    Good is status 200, and for a POST any 2xx. Otherwise, or if it takes longer than
-    settings.timeout, raise Failed. The reason is LABEL: HTTP STATUS, or LABEL: PROBLEM with one of
-    'no connection', 'timed out', 'reply too large' and 'broken reply'.
+    limit: of the body, in bytes. The time limit of all of it is settings.timeout.
+
+    what comes                   status  problem            the outcome
+    nothing                      0       'no connection'    Failed: LABEL: no connection; no_reply
+    nothing in time              0       'timed out'        Failed: LABEL: timed out; no_reply
+    what is not HTTP             0       'broken reply'     Failed: LABEL: broken reply
+    a bad status                 404     any                Failed: LABEL: HTTP 404
+    a good one, half a body      200     'broken reply'     Failed: LABEL: broken reply
+    the same, and no end         200     'timed out'        Failed: LABEL: timed out
+    a good one, a large body     200     'reply too large'  Failed: LABEL: reply too large
+    a good one, and a body       200     ''                 is returned
+
+    200 is good. For a POST, 201 to 299 are, too.
     """
     # transfer runs in a thread, so that there is one time limit for all of it. A socket's own limit
     # starts again with each byte, and the lookup of a host name has none.
@@ -394,7 +402,7 @@ def exchange(label, url, headers, data=None, limit=BODY_LIMIT):
     thread = threading.Thread(target=transfer, args=(url, headers, data, limit, reply), daemon=True)
     thread.start()
     thread.join(settings.timeout)
-    # If the thread still runs, the problem is 'timed out', and what it sets from now on is lost.
+    # If the thread still runs, the problem is still 'timed out'. What it sets later is not used.
     problem, status, body = reply.problem, reply.status, reply.body
     hang_up(reply.socket)
     no_reply = status == 0 and problem in ('no connection', 'timed out')
@@ -490,10 +498,11 @@ def retry(step, function, *arguments, optional=False, attempts=None):
 
     The wait after the first attempt is 1 second, then 2, 3 and so on, up to settings.interval.
     attempts: None stands for settings.attempts. After all of them, raise Failed.
-    optional: IMDS may not have the value that the function requests. IMDS then replies 404; one
-    that is too old to know the value replies 400. But while it starts, IMDS replies 404 to all
-    requests. So it is believed after ABSENT_REPLIES such replies, and '' is returned. If there are
-    fewer attempts than that, all have to end so.
+    optional: IMDS may not have the value that the function requests. Then return ''. IMDS says so
+    with a status:
+    - 404. But that is also its reply to all requests while it starts.
+    - 400, if it is too old to know the value.
+    So it has to say so ENOUGH_ABSENCES times. With fewer attempts than that, it has to each time.
     """
     attempts = attempts or settings.attempts
     absences = 0
@@ -510,7 +519,7 @@ def retry(step, function, *arguments, optional=False, attempts=None):
         last_reason = str(failure)
         if optional and failure.status in (400, 404):
             absences += 1
-            if absences == min(ABSENT_REPLIES, attempts):
+            if absences == min(ENOUGH_ABSENCES, attempts):
                 return ''
         if attempt < attempts:
             wait_for(min(attempt, settings.interval), routes if failure.no_reply else None)
@@ -532,11 +541,7 @@ def wait_for(seconds, routes):
         return
     end = time.monotonic() + seconds
     while time.monotonic() < end and read_routes() == routes:
-        if progress.quick_looks_left > 0:
-            progress.quick_looks_left -= 1
-            time.sleep(0.1)
-        else:
-            time.sleep(1)
+        time.sleep(0.1)
 
 
 def read_routes():
@@ -666,9 +671,9 @@ def is_id(text):
 
 
 def set_hostname():
-    """Set the hostname that the user chose; or the VM's name in Azure, if IMDS says there is none.
+    """Set the hostname that the user chose.
 
-    An empty reply does not say so; it is tried again.
+    If IMDS says that the user chose none, set the VM's name in Azure.
     """
     say('Retrieving hostname from IMDS')
     name, _ = request_property('hostname', 'osProfile/computerName', 'HostName', optional=True)
@@ -748,7 +753,7 @@ def has_dvd_drive():
 
 
 def request_text(leaf):
-    """Return a value from IMDS, squeezed. Raise Failed if it is empty, or cannot be had."""
+    """Return a value from IMDS, squeezed. Raise Failed if it is empty, or cannot be read."""
     text = squeeze(request_leaf(leaf))
     if not text:
         raise Failed(f'{last_part(leaf)}: empty')
@@ -756,17 +761,17 @@ def request_text(leaf):
 
 
 def request_leaf(leaf, limit=BODY_LIMIT):
-    """Return a value from IMDS, which may be empty. Raise Failed if it cannot be had.
+    """Return a value from IMDS, which may be empty. Raise Failed if it cannot be read.
 
     leaf: the path of the value below "compute".
     """
-    version = find_version(leaf)
+    version = find_api_version(leaf)
     url = f'{settings.imds}/metadata/instance/compute/{leaf}?api-version={version}&format=text'
     _, body = exchange(last_part(leaf), url, {'Metadata': 'true'}, limit=limit)
     return body.decode(BYTE_ENCODING)
 
 
-def find_version(leaf):
+def find_api_version(leaf):
     """Return the first api-version that has a value, as an old IMDS refuses later ones."""
     if leaf.startswith('publicKeys'):
         return '2018-04-02'
@@ -1181,7 +1186,8 @@ def ask_sshd(name):
     has since OpenSSH 9.3.
     """
     connection = f'user={name},host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22'
-    return ask('sshd', '-T', '-G', '-C', connection) or ask('sshd', '-T', '-C', connection)
+    told = read_output('sshd', '-T', '-G', '-C', connection)
+    return told or read_output('sshd', '-T', '-C', connection)
 
 
 def is_in_home(account, path):
@@ -1206,8 +1212,8 @@ def make_keys_folder(account, folder):
 def make_home(account):
     """Make the home, unless it is there and the user's.
 
-    If it is root's, useradd was interrupted: do the rest. If it is somebody else's, raise Failed:
-    the keys in it are theirs, too.
+    If it is root's, useradd was interrupted: finish its work. If it is somebody else's, raise
+    Failed: the keys in it are theirs, too.
     """
     home = account.home
     uid, gid = account.owner
@@ -1215,7 +1221,7 @@ def make_home(account):
         owner_of_home = os.stat(home).st_uid
         if owner_of_home == uid:
             return
-        is_top = not re.match('/.*/.', os.path.realpath(home))  # as / and /usr: root's for good
+        is_top = not re.match('/.*/.', os.path.realpath(home))  # / or /usr: it has to stay root's
         if owner_of_home != 0 or is_top:
             raise Failed(f'{home}: belongs to another user')
     else:
@@ -1298,7 +1304,7 @@ def check_sudo(name):
     """Complain if sudo does not give the user all rights: another rule may come behind ours."""
     if settings.dry_run:
         return
-    rights = ask('sudo', '-n', '-l', '-U', name)
+    rights = read_output('sudo', '-n', '-l', '-U', name)
     if not rights.endswith('(ALL : ALL) NOPASSWD: ALL'):  # the last rule is printed last
         complain(f'user: sudo does not say that {name} may do all without a password')
 
@@ -1330,7 +1336,7 @@ def request_dvd():
     if os.path.isfile(OVF_FILE):
         with contextlib.suppress(OSError), open(OVF_FILE, 'rb') as file:
             document = file.read(DATA_LIMIT + 1)
-    run_for_real('umount', DVD_FOLDER)  # if it fails, the next mount_dvd finds the DVD mounted
+    run_always('umount', DVD_FOLDER)  # if it fails, the next mount_dvd finds the DVD mounted
     if not document:
         raise Failed('ovf-env.xml: cannot be read')
     root = None
@@ -1357,10 +1363,10 @@ def may_be_utf_8(document):
 def mount_dvd():
     """Mount the DVD where only root can see it, unless it is mounted: an umount may have failed."""
     mount = ['mount', '-t', 'udf,iso9660', '-o', 'ro,nosuid,nodev,noexec', '/dev/sr0', DVD_FOLDER]
-    is_folder = run_for_real('mkdir', '-p', DVD_FOLDER)
+    is_folder = run_always('mkdir', '-p', DVD_FOLDER)
     if os.path.exists(OVF_FILE):
         return
-    if not is_folder or not has_dvd_drive() or not run_for_real(*mount):
+    if not is_folder or not has_dvd_drive() or not run_always(*mount):
         raise Failed('ovf-env.xml: no DVD')
 
 
@@ -1499,7 +1505,7 @@ def save_data():
 
 
 def save_decoded(label, path, text):
-    """Write what a text in base64 encodes. If it is empty, remove the file that the image has."""
+    """Write what a text in base64 encodes. If that is nothing, remove the file of an earlier VM."""
     text = ''.join(split_words(text))
     if not is_base64(text):
         raise Failed(f'{label}: no base64')
@@ -1565,7 +1571,7 @@ def find_client(interface):
     """Return the command of the DHCP client that has the interface, '' if no known one has it."""
     if os.path.isfile(networkd_lease(interface)):
         return 'networkctl'
-    if ask('nmcli', '-g', 'DHCP4.OPTION', 'device', 'show', interface):
+    if read_output('nmcli', '-g', 'DHCP4.OPTION', 'device', 'show', interface):
         return 'nmcli'
     if os.path.isfile(DHCPCD_PID) and os.path.isfile(dhcpcd_lease(interface)):
         return 'dhcpcd'
@@ -1585,7 +1591,7 @@ def dhcpcd_lease(interface):
 
 def networkd_lease(interface):
     """Return the path of systemd-networkd's lease, which goes when systemd-networkd ends."""
-    index = ask('cat', f'/sys/class/net/{interface}/ifindex')
+    index = read_output('cat', f'/sys/class/net/{interface}/ifindex')
     return f'/run/systemd/netif/leases/{index}'
 
 
@@ -1595,7 +1601,7 @@ def find_process(client, interface):
     812 /sbin/dhclient -4 -q -pf /run/dhclient.eth0.pid eth0
     """
     pattern = f'^([^ ]*/)?(busybox )?{client} (.* )?{interface}( |$)'
-    return ask('pgrep', '-a', '-f', pattern).split('\n')[0]
+    return read_output('pgrep', '-a', '-f', pattern).split('\n')[0]
 
 
 def tell_server(client, interface, name):
@@ -1655,9 +1661,9 @@ def run_second_dhclient(interface):
     leases = find_value('-lf', words) or '/var/lib/dhcp/dhclient.leases'
     configuration = find_value('-cf', words) or '/etc/dhcp/dhclient.conf'
     # Without this line, dhclient would not send the hostname.
-    if not ask('grep', '-x', 'send host-name = gethostname();', configuration):
+    if not read_output('grep', '-x', 'send host-name = gethostname();', configuration):
         return False
-    identity = ask('sed', '-n', '/^default-duid /p', leases)
+    identity = read_output('sed', '-n', '/^default-duid /p', leases)
     second_leases = f'{leases}.second'
     pid_file = f'{second_leases}.pid'
     words = [word for word in words if word not in ('-d', '-nw')]  # so that it waits for an answer

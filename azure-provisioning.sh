@@ -19,6 +19,7 @@
 #   both, so that this line leaves a function that can fail:
 #       CHECK || fail 'the reason' || return
 # - Other functions answer a question, or try something: they return 0 or 1, and set no $reason.
+# - `return` alone keeps the status of the command before it: 1 behind ||, 0 behind `then`.
 # - A text is split with a local IFS. The functions that are called while it is set do not split, or
 #   have an IFS of their own.
 
@@ -73,12 +74,11 @@ EXTRA_GROUPS=${AZURE_PROVISIONING_GROUPS-}
 DRY_RUN=
 
 # What changes during a run.
-has_reply=''          # whether any server has answered so far
-quick_looks_left=1200 # at the routes, ten times a second; later ones are once a second
+has_reply='' # whether any server has answered so far
 
-CONNECT_LIMIT=3  # seconds to connect, at most; they are part of the timeout
-BODY_LIMIT=65536 # bytes of a reply's body, at most
-ABSENT_REPLIES=5 # how often IMDS has to reply that it has no such value
+CONNECT_LIMIT=3   # seconds to connect, at most; they are part of the timeout
+BODY_LIMIT=65536  # bytes of a reply's body, at most
+ENOUGH_ABSENCES=5 # replies of IMDS that it has no such value, until that is believed
 NEWLINE='
 '
 WHITE_SPACE=$(printf ' \t\n\r') # the characters that are white space in XML
@@ -296,9 +296,9 @@ run_twice() {
     run "$@"
 }
 
-# ask COMMAND [ARGUMENT]...: run a command that only tells something; sets $value to what it prints,
-# '' if it fails. The text has no line feeds at its end.
-ask() {
+# read_output COMMAND [ARGUMENT]...: run a command that only tells something; sets $value to what it
+# prints, '' if it fails. The text has no line feeds at its end.
+read_output() {
     value=$("$@" </dev/null 2>/dev/null) || value=''
 }
 
@@ -355,24 +355,12 @@ replace_file() {
         fi
         chmod "$mode" "$new" || return 1
     else
-        copy_attributes "$file" "$new" || return 1
+        cp -p "$file" "$new" || return 1 # the mode and the owner, but also the old content
+        "$@" >"$new" || return 1
     fi
     sync_path "$new" || return 1 # before the rename, or a power cut could leave an empty file
     mv -f "$new" "$file" || return 1
     sync_path "${file%/*}"
-}
-
-# copy_attributes FILE NEW: give the file NEW the mode and the owner of FILE; returns 1 if that is
-# not possible. cp also overwrites what is in NEW, which is written again.
-copy_attributes() {
-    local content
-    content=$(
-        cat "$2" || exit 1
-        echo . # keeps the line feeds at the end
-    ) || return 1
-    content=${content%.}
-    cp -p "$1" "$2" || return 1
-    printf %s "$content" >"$2"
 }
 
 # sync_path PATH: have the disk store a file, or the names of the files in a folder
@@ -385,11 +373,20 @@ sync_path() {
 # ---- HTTP --------------------------------------------------------------------------------------
 
 # exchange LABEL URL DATA LIMIT [--header HEADER]...: send a POST with the data, or a GET if they
-# are ''; sets $status of the reply, 000 without one, and $body. LIMIT: of the body, in bytes.
+# are ''; sets $status of the reply, and $body. Can fail. LIMIT: of the body, in bytes. The time
+# limit of all of it is TIMEOUT.
 #
-# Good is status 200, and for a POST any 2xx. Otherwise, or if it takes longer than TIMEOUT, it
-# fails. The reason is LABEL: HTTP STATUS, or LABEL: PROBLEM with one of 'no connection',
-# 'timed out', 'reply too large' and 'broken reply'. Sets $no_reply if the server did not answer.
+# what comes                   $status  $problem         the outcome
+# nothing                      000      no connection    fails: LABEL: no connection; sets $no_reply
+# nothing in time              000      timed out        fails: LABEL: timed out; sets $no_reply
+# what is not HTTP             000      broken reply     fails: LABEL: broken reply
+# a bad status                 404      any              fails: LABEL: HTTP 404
+# a good one, half a body      200      broken reply     fails: LABEL: broken reply
+# the same, and no end         200      timed out        fails: LABEL: timed out
+# a good one, a large body     200      reply too large  fails: LABEL: reply too large
+# a good one, and a body       200      none             succeeds
+#
+# 200 is good. For a POST, 201 to 299 are, too.
 exchange() {
     local label="$1" url="$2" data="$3" limit="$4" problem
     shift 4
@@ -529,10 +526,11 @@ is_status() {
 # fail. Can fail, after all attempts.
 #
 # The wait after the first attempt is 1 second, then 2, 3 and so on, up to INTERVAL.
-# optional: IMDS may not have the value that the function requests. IMDS then replies 404; one that
-# is too old to know the value replies 400. But while it starts, IMDS replies 404 to all requests.
-# So it is believed after ABSENT_REPLIES such replies, and $value is ''. If there are fewer attempts
-# than that, all have to end so.
+# optional: IMDS may not have the value that the function requests. Then $value is ''. IMDS says so
+# with a status:
+# - 404. But that is also its reply to all requests while it starts.
+# - 400, if it is too old to know the value.
+# So it has to say so ENOUGH_ABSENCES times. With fewer attempts than that, it has to each time.
 retry() {
     local step="$1" attempts="$2" kind="$3" attempt=0 absences=0 last_reason='' question=''
     local routes_before
@@ -554,7 +552,7 @@ retry() {
         case $kind:$status in
         optional:400 | optional:404)
             absences=$((absences + 1))
-            if [ $absences = $ABSENT_REPLIES ] || [ $absences = "$attempts" ]; then
+            if [ $absences = $ENOUGH_ABSENCES ] || [ $absences = "$attempts" ]; then
                 value=''
                 return
             fi
@@ -584,10 +582,9 @@ wait_for() {
         return
     fi
     while [ $tenths -gt 0 ] && read_routes && [ "$routes" = "$2" ]; do
-        if [ $quick_looks_left -gt 0 ] && sleep 0.1 2>/dev/null; then
-            quick_looks_left=$((quick_looks_left - 1))
+        if sleep 0.1 2>/dev/null; then
             tenths=$((tenths - 1))
-        else # none is left, or this sleep takes whole seconds alone
+        else # this sleep takes whole seconds alone
             sleep 1
             tenths=$((tenths - 10))
         fi
@@ -662,7 +659,12 @@ request_goal_state() {
 }
 
 # read_xml ROOT PATHS: read the XML document in $body; returns 1 if it is none, or has another root.
-# Sets $found to the texts of the elements at these paths below the root, for find_text.
+# Sets $found, for find_text: PATH>TEXT< for each element at one of these paths below the root. The
+# functions below, down to close_element, also set these local variables of read_xml:
+# $path         the elements that are open
+# $text         the text of the last one of them, or INVALID if there are elements in it
+# $root_seen    yes, if the root has begun
+# $markup_end   what ends the comment or the instruction that is open, '' if none is
 #
 # The document is cut at each '<'. For example, these are the pieces of <a>1<b>2</b><c/></a>, and
 # what the variables are behind each, if PATHS is 'b c':
@@ -670,11 +672,9 @@ request_goal_state() {
 #     piece    $path    $text      $found
 #     a>1      /a       1
 #     b>2      /a/b     2
-#     /b>      /a       INVALID    b>2<           a has an element in it, so its text is not used
+#     /b>      /a       INVALID    b>2<
 #     c/>      /a       INVALID    b>2<c><
 #     /a>               INVALID    b>2<c><
-#
-# The functions below, down to close_element, set these local variables of read_xml.
 #
 # It refuses some legal documents, which Azure does not send: with a document type definition, with
 # CDATA, with a '>' in an attribute; very deep ones, and very long tags. A text with a comment is
@@ -866,10 +866,9 @@ is_id() {
 
 # ---- Step hostname: a value from IMDS ----------------------------------------------------------
 
-# set_hostname: set the hostname that the user chose; or the VM's name in Azure, if IMDS says there
-# is none. Can fail.
+# set_hostname: set the hostname that the user chose; can fail
 #
-# An empty reply does not say so; it is tried again.
+# If IMDS says that the user chose none, set the VM's name in Azure.
 set_hostname() {
     local name
     say 'Retrieving hostname from IMDS'
@@ -987,15 +986,15 @@ request_text() {
 # LEAF: the path of the value below "compute".
 request_leaf() {
     local leaf="$1" limit="${2-$BODY_LIMIT}" version url
-    find_version "$leaf"
+    find_api_version "$leaf"
     url="$IMDS/metadata/instance/compute/$leaf?api-version=$version&format=text"
     exchange "${leaf##*/}" "$url" '' "$limit" --header 'Metadata: true' || return
     value=$body
 }
 
-# find_version LEAF: sets its caller's $version to the first api-version that has a value, as an old
-# IMDS refuses later ones
-find_version() {
+# find_api_version LEAF: sets its caller's $version to the first api-version that has a value, as an
+# old IMDS refuses later ones
+find_api_version() {
     case $1 in
     name | vmId) version=2017-04-02 ;;
     publicKeys*) version=2018-04-02 ;;
@@ -1494,9 +1493,9 @@ expand_pattern() {
 # since OpenSSH 9.3.
 ask_sshd() {
     local connection="user=$1,host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22"
-    ask sshd -T -G -C "$connection"
+    read_output sshd -T -G -C "$connection"
     if [ -z "$value" ]; then
-        ask sshd -T -C "$connection"
+        read_output sshd -T -C "$connection"
     fi
 }
 
@@ -1526,8 +1525,8 @@ make_keys_folder() {
 
 # make_home: make the $home, unless it is there and the user's; can fail
 #
-# If it is root's, useradd was interrupted: do the rest. If it is somebody else's, fail: the keys in
-# it are theirs, too.
+# If it is root's, useradd was interrupted: finish its work. If it is somebody else's, fail: the
+# keys in it are theirs, too.
 make_home() {
     local owner_of_home
     if [ -d "$home" ]; then
@@ -1538,7 +1537,7 @@ make_home() {
         fi
         resolve_symlink "$home"
         case $owner_of_home:$value in
-        0:/*/?*) ;; # not / or /usr, which are root's for good
+        0:/*/?*) ;; # not / or /usr, which have to stay root's
         *) fail "$home: belongs to another user" || return ;;
         esac
     else
@@ -1555,7 +1554,7 @@ make_home() {
 #     drwxr-x--- 3 1000 1000 4096 Nov 27 10:00 /home/azureuser
 find_owner() {
     local IFS=' '
-    ask ls -ldn "$1" # stat is not everywhere
+    read_output ls -ldn "$1" # stat is not everywhere
     # shellcheck disable=SC2086 # split into words
     set -- $value
     value=${3-}
@@ -1647,7 +1646,7 @@ check_sudo() {
     if [ -n "$DRY_RUN" ]; then
         return
     fi
-    ask sudo -n -l -U "$1"
+    read_output sudo -n -l -U "$1"
     case $value in
     *'(ALL : ALL) NOPASSWD: ALL') ;; # the last rule is printed last
     *) complain "user: sudo does not say that $1 may do all without a password" ;;
@@ -1950,8 +1949,8 @@ save_data() {
     fi
 }
 
-# save_decoded LABEL FILE TEXT: write what a text in base64 encodes. If it is empty, remove the file
-# that the image has. Can fail.
+# save_decoded LABEL FILE TEXT: write what a text in base64 encodes. If that is nothing, remove the
+# file of an earlier VM. Can fail.
 save_decoded() {
     remove_white_space "$3"
     is_base64 "$value" || fail "$1: no base64" || return
@@ -2035,7 +2034,7 @@ find_client() {
         client=networkctl
         return
     fi
-    ask nmcli -g DHCP4.OPTION device show "$interface"
+    read_output nmcli -g DHCP4.OPTION device show "$interface"
     if [ -n "$value" ]; then
         client=nmcli
         return
@@ -2065,7 +2064,7 @@ dhcpcd_lease() {
 # networkd_lease: sets $value to the path of systemd-networkd's lease for $interface, which goes
 # when systemd-networkd ends
 networkd_lease() {
-    ask cat "/sys/class/net/$interface/ifindex"
+    read_output cat "/sys/class/net/$interface/ifindex"
     value=/run/systemd/netif/leases/$value
 }
 
@@ -2073,7 +2072,7 @@ networkd_lease() {
 # none. For example:
 #     812 /sbin/dhclient -4 -q -pf /run/dhclient.eth0.pid eth0
 find_process() {
-    ask pgrep -a -f "^([^ ]*/)?(busybox )?$1 (.* )?$interface( |\$)"
+    read_output pgrep -a -f "^([^ ]*/)?(busybox )?$1 (.* )?$interface( |\$)"
     value=${value%%"$NEWLINE"*}
 }
 
@@ -2130,7 +2129,7 @@ renew_lease() {
 # read_stamp FILE: sets $value to a text that changes when the file is written again, '' if there is
 # no file
 read_stamp() {
-    ask ls -l -i --full-time "$1"
+    read_output ls -l -i --full-time "$1"
 }
 
 # run_second_dhclient: run a second dhclient, as the running one cannot be asked
@@ -2149,9 +2148,9 @@ run_second_dhclient() {
     find_value -cf "$words"
     configuration=${value:-/etc/dhcp/dhclient.conf}
     # Without this line, dhclient would not send the hostname.
-    ask grep -x 'send host-name = gethostname();' "$configuration"
+    read_output grep -x 'send host-name = gethostname();' "$configuration"
     [ -n "$value" ] || return
-    ask sed -n '/^default-duid /p' "$leases"
+    read_output sed -n '/^default-duid /p' "$leases"
     identity=$value
     second_leases=$leases.second
     pid_file=$second_leases.pid

@@ -18,7 +18,7 @@ ONLY_PYTHON = {
     'print_lines': 'the shell has >&2',
     'Failed': 'the shell has $reason, and fail',
     'end_program': 'the shell has exit',
-    'run_for_real': 'the shell runs a command by its name',
+    'run_always': 'the shell runs a command by its name',
     'remove_file': 'the shell has rm -f',
     'hang_up': 'curl or wget does it',
     'transfer': 'curl or wget does it',
@@ -31,7 +31,6 @@ ONLY_PYTHON = {
 ONLY_SHELL = {
     'fail': 'Python has raise Failed',
     'has_word': 'Python has in',
-    'copy_attributes': 'Python has os.stat',
     'send_with_curl': 'Python has transfer',
     'send_with_wget': 'Python has transfer',
     'take_reply': 'Python is given status and body apart',

@@ -329,13 +329,14 @@ def write_file(path, mode, content, owner=None):
         say(f'Would write {path}')
         return
     for attempt in (1, 2, 3):
-        with contextlib.suppress(OSError):
+        try:
             if attempt == 3:  # a run that ended early has left this file
                 remove_file(f'{path}.new')
             replace_file(path, mode, content, owner)
             return
-        if attempt < 3:  # another copy of this program may be writing the same file
-            time.sleep(1)
+        except OSError:
+            if attempt < 3:  # another copy of this program may be writing the same file
+                time.sleep(1)
     with contextlib.suppress(OSError):
         remove_file(f'{path}.new')
     raise Failed(f'cannot write {path}')
@@ -733,16 +734,20 @@ def request_property(step, leaf, element, optional=False):
     if has_dvd_drive():
         # 1. Ask IMDS for some minutes. That of Azure Stack has no properties.
         attempts = min(ATTEMPTS_BEFORE_DVD, settings.attempts)
-        with contextlib.suppress(Failed):
+        try:
             text = retry(step, request_text, leaf, optional=optional, attempts=attempts)
-            if text:
-                return text, None
+        except Failed:
+            text = ''
+        if text:
+            return text, None
         # 2. Look on the DVD.
-        with contextlib.suppress(Failed):
+        try:
             dvd_root = retry(step, request_dvd, attempts=DVD_ATTEMPTS)
             text = find_squeezed(dvd_root, f'{OVF_PATH}/{element}')
-            if text:
-                return text, dvd_root
+        except Failed:
+            text = ''
+        if text:
+            return text, dvd_root
     # 3. Ask IMDS, with all attempts.
     return retry(step, request_text, leaf, optional=optional), None
 
@@ -951,12 +956,16 @@ def request_keys():
         return []
     # 3. The DVD has the keys, or says that there is a password.
     if has_dvd_drive():
-        with contextlib.suppress(Failed):
+        try:
             return find_keys(retry('user', request_dvd, attempts=DVD_ATTEMPTS))
+        except Failed:
+            pass  # go on with 4
     # 4. IMDS may have been starting. It is asked again, and has to have a key now.
     if not has_key_text:
-        with contextlib.suppress(Failed):
+        try:
             keys, _ = request_imds_keys(optional=False)
+        except Failed:
+            keys = []
     if not keys:
         raise Failed(NO_LOGIN_REASON)
     return keys
@@ -1668,11 +1677,12 @@ def run_second_dhclient(interface):
     pid_file = f'{second_leases}.pid'
     words = [word for word in words if word not in ('-d', '-nw')]  # so that it waits for an answer
     words += ['-q', '-sf', '/bin/true', '-pf', pid_file, '-lf', second_leases]
-    is_told = False
-    with contextlib.suppress(Failed):  # the file cannot be written
+    try:
         write_file(second_leases, 0o600, f'{identity}\n'.encode(BYTE_ENCODING))
         # With -1 it asks, and goes on in the background. With -x it is ended.
         is_told = run('dhclient', *words, '-1') and run('dhclient', *words, '-x')
+    except Failed:  # the file cannot be written
+        is_told = False
     run('rm', '-f', second_leases, pid_file)
     return is_told
 

@@ -399,9 +399,9 @@ exchange() {
         if has_command curl; then
             take_reply "$(send_with_curl "$@")"
         else
-            # head bounds the body, with room for the lines behind it. The shell would drop a NUL
-            # byte: tr makes it INVALID.
-            take_reply "$(send_with_wget "$@" | head -c $((limit + 100)) | tr '\000' "$INVALID")"
+            # head cuts off what take_reply would refuse. The shell would drop a NUL byte: tr makes
+            # it INVALID.
+            take_reply "$(send_with_wget "$@" | head -c $((limit + 101)) | tr '\000' "$INVALID")"
         fi
     } 2>/dev/null # without what the programs say, and Bash of a NUL byte
     case $status:$problem in
@@ -484,19 +484,20 @@ send_with_wget() {
 # caller's $problem
 take_reply() {
     local rest="$1" size
+    if [ "${#rest}" -gt $((limit + 100)) ]; then # more than a body and three lines
+        status=000
+        problem='reply too large'
+        return
+    fi
     problem=${rest##*"$NEWLINE"}
     rest=${rest%"$NEWLINE"*}
     size=${rest##*"$NEWLINE"}
     rest=${rest%"$NEWLINE"*}
     status=${rest##*"$NEWLINE"}
     body=${rest%"$NEWLINE"*}
-    if ! is_status "$status"; then
-        # The end is missing: head has cut it off, as there is too much; or the client was killed.
+    if ! is_status "$status"; then # the end is missing: the client was killed
         status=000
         problem='no connection'
-        if [ "${#1}" -gt "$limit" ]; then
-            problem='reply too large'
-        fi
     elif [ "${#body}" -gt "$limit" ]; then
         problem='reply too large'
     elif [ "$problem" = 'no connection' ] && [ "$status" != 000 ]; then

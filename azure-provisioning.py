@@ -79,13 +79,15 @@ settings = types.SimpleNamespace(
 )
 
 # What changes during a run.
-progress = types.SimpleNamespace(
+run_state = types.SimpleNamespace(
     has_reply=False,  # whether any server has answered so far
 )
 
 CONNECT_LIMIT = 3  # seconds to connect, at most; they are part of the timeout
 BODY_LIMIT = 65536  # bytes of a reply's body, at most
-ENOUGH_ABSENCES = 5  # replies of IMDS that it has no such value, until that is believed
+ABSENCES_BELIEVED = 5  # so often IMDS has to reply that it has no such value
+DVD_ATTEMPTS = 30  # at reading the DVD, as the drive, or the medium in it, may come late
+ATTEMPTS_BEFORE_DVD = 60  # at IMDS, for a value that the DVD has, too: five minutes
 WHITE_SPACE = ' \t\n\r'  # the characters that are white space in XML
 ACCOUNT_NAME = '[A-Za-z_][A-Za-z0-9._-]{0,31}'  # a regular expression, for users and groups
 
@@ -110,10 +112,12 @@ def complain(*lines):
 
 
 def print_lines(stream, lines):
-    """Print lines. If they cannot be printed, go on: that must not keep the VM from being Ready."""
+    """Print lines. If they cannot be printed, go on: the VM has to be Ready all the same."""
+    text = ''.join(f'{line}\n' for line in lines)
     if stream is not None:  # None: it is closed
         with contextlib.suppress(OSError, UnicodeError):
-            print(*lines, sep='\n', file=stream, flush=True)
+            stream.buffer.write(os.fsencode(text))  # a path in it is printed as it is
+            stream.buffer.flush()
 
 
 class Failed(Exception):
@@ -130,7 +134,7 @@ class Failed(Exception):
 
 
 def end_program(status):
-    """End the program. sys.exit would write what is still to be printed, which may fail."""
+    """End the program. sys.exit would write to stdout once more, which may fail."""
     os._exit(status)
 
 
@@ -188,7 +192,7 @@ def parse_arguments(arguments):
 
 
 def read_settings():
-    """Read the settings from the environment, and check them."""
+    """Read the settings from the environment. One that is not valid is a usage error."""
     settings.wireserver = read_url('AZURE_PROVISIONING_WIRESERVER', settings.wireserver)
     settings.imds = read_url('AZURE_PROVISIONING_IMDS', settings.imds)
     settings.attempts = read_number('AZURE_PROVISIONING_ATTEMPTS', settings.attempts, 1)
@@ -198,7 +202,7 @@ def read_settings():
 
 
 def read_url(name, default):
-    """Return a base URL without a '/' at its end; a usage error if it is not HOST[:PORT][/PATH]."""
+    """Return a base URL without a '/' at its end. It has to be http://HOST[:PORT][/PATH]."""
     url = os.environ.get(name, default)
     host = '[A-Za-z0-9._~-]+'
     port = '[1-9][0-9]{0,4}'
@@ -209,7 +213,7 @@ def read_url(name, default):
 
 
 def read_number(name, default, least):
-    """Return a number from 0 to 999999, without leading zeros; a usage error if it is not one."""
+    """Return a number. It has to be one from LEAST to 999999, without leading zeros."""
     number = os.environ.get(name, str(default))
     if not re.fullmatch('0|[1-9][0-9]{0,5}', number) or int(number) < least:
         usage_error(f'bad {name}')
@@ -217,7 +221,7 @@ def read_number(name, default, least):
 
 
 def read_groups(name, default):
-    """Return names of groups, separated by commas, or ''; a usage error if they are not valid."""
+    """Return names of groups, separated by commas, or ''. They have to be valid."""
     groups = os.environ.get(name, default)
     if not re.fullmatch(f'({ACCOUNT_NAME}(,{ACCOUNT_NAME})*)?', groups):
         usage_error(f'bad {name}')
@@ -265,7 +269,7 @@ def run(*command, input_line=None):
     A dry run prints the command instead. The input line goes to its stdin, as it may be secret.
     """
     if not settings.dry_run:
-        return run_always(*command, input_line=input_line)
+        return run_even_dry(*command, input_line=input_line)
     if not has_command(command[0]):
         return False
     say(f'Would run: {" ".join(command)}')
@@ -282,8 +286,8 @@ def run_twice(*command):
     return run(*command)
 
 
-def run_always(*command, input_line=None):
-    """Do the work of run, in a dry run, too, which has to mount the DVD and to unmount it again."""
+def run_even_dry(*command, input_line=None):
+    """Do the work of run. A dry run, too, mounts the DVD and unmounts it again."""
     input_bytes = None
     if input_line is not None:
         input_bytes = f'{input_line}\n'.encode(BYTE_ENCODING)
@@ -322,20 +326,22 @@ def write_file(path, mode, content, owner=None):
     """Replace a file, or make a new one. After a power cut it is the old one or the new one.
 
     mode: a number; None keeps the mode and the owner of the old file.
-    owner: (UID, GID); None makes the file root's.
+    owner: (UID, GID); None stands for root.
     Raise Failed if the file cannot be written.
     """
     if settings.dry_run:
         say(f'Would write {path}')
         return
+    # PATH.new is there while another copy of this program writes the file, or because one has ended
+    # early. After two seconds, it is the latter.
     for attempt in (1, 2, 3):
         try:
-            if attempt == 3:  # a run that ended early has left this file
+            if attempt == 3:
                 remove_file(f'{path}.new')
             replace_file(path, mode, content, owner)
             return
         except OSError:
-            if attempt < 3:  # another copy of this program may be writing the same file
+            if attempt < 3:
                 time.sleep(1)
     with contextlib.suppress(OSError):
         remove_file(f'{path}.new')
@@ -390,25 +396,28 @@ def exchange(label, url, headers, data=None, limit=BODY_LIMIT):
     nothing in time              0       'timed out'        Failed: LABEL: timed out; no_reply
     what is not HTTP             0       'broken reply'     Failed: LABEL: broken reply
     a bad status                 404     any                Failed: LABEL: HTTP 404
-    a good one, half a body      200     'broken reply'     Failed: LABEL: broken reply
-    the same, and no end         200     'timed out'        Failed: LABEL: timed out
-    a good one, a large body     200     'reply too large'  Failed: LABEL: reply too large
-    a good one, and a body       200     ''                 is returned
+    200, but half a body         200     'broken reply'     Failed: LABEL: broken reply
+    200, but not in time         200     'timed out'        Failed: LABEL: timed out
+    200, but a large body        200     'reply too large'  Failed: LABEL: reply too large
+    200 and a body               200     ''                 is returned
 
-    200 is good. For a POST, 201 to 299 are, too.
+    For a POST, each 2xx is as good as 200.
     """
     # transfer runs in a thread, so that there is one time limit for all of it. A socket's own limit
     # starts again with each byte, and the lookup of a host name has none.
+    # If the thread still runs then, the problem is still 'timed out', and what it sets later is not
+    # used.
     reply = types.SimpleNamespace(status=0, body=b'', problem='timed out', socket=None)
     thread = threading.Thread(target=transfer, args=(url, headers, data, limit, reply), daemon=True)
     thread.start()
     thread.join(settings.timeout)
-    # If the thread still runs, the problem is still 'timed out'. What it sets later is not used.
-    problem, status, body = reply.problem, reply.status, reply.body
+    problem = reply.problem  # first, as the thread sets it last
+    status = reply.status
+    body = reply.body
     hang_up(reply.socket)
     no_reply = status == 0 and problem in ('no connection', 'timed out')
     if not no_reply:
-        progress.has_reply = True
+        run_state.has_reply = True
     is_good = status == 200 or (data is not None and 200 <= status < 300)
     if status != 0 and not is_good:  # a bad status says more than what went wrong after it
         raise Failed(f'{label}: HTTP {status}', status)
@@ -430,7 +439,7 @@ def transfer(url, headers, data, limit, reply):
     Set reply.socket when it is connected, reply.status when that has come, reply.body when that has
     come, and at last reply.problem, '' if there is none.
     """
-    _, _, host_and_port, path = url.split('/', 3)  # http://HOST:PORT/PATH
+    _, _, host_and_port, path = url.split('/', 3)  # http: '' HOST:PORT PATH
     all_headers = {
         **headers,
         'User-Agent': f'azure-provisioning/{VERSION}',
@@ -453,9 +462,10 @@ def transfer(url, headers, data, limit, reply):
             reply.problem = read_body(response, limit, reply)
     except socket.timeout:
         reply.problem = 'timed out'
-    except (OSError, OverflowError, UnicodeError):  # of the connection, the port, the host name
-        reply.problem = 'broken reply' if reply.status else 'no connection'
-    except Exception:  # http.client has several for what is not HTTP
+    except (OSError, OverflowError, UnicodeError):  # the connection, the port, the host name
+        has_status = reply.status != 0
+        reply.problem = 'broken reply' if has_status else 'no connection'
+    except Exception:  # what is not HTTP; http.client raises several
         reply.problem = 'broken reply'
 
 
@@ -467,28 +477,30 @@ def read_body(response, limit, reply):
     if any(int(length) > limit for length in lengths):
         return 'reply too large'
     body = response.read(limit + 1)
-    if response.length:  # http.client counts it down: so many announced bytes are missing
+    missing = response.length  # of the bytes that were announced, as http.client counts it down
+    if missing:
         return 'broken reply'
     if len(body) > limit:
         return 'reply too large'
-    # The shell cannot hold a NUL byte, so both programs refuse all values of such a body.
-    reply.body = INVALID.encode() if b'\0' in body else body
+    # The shell cannot hold a NUL byte, so that both programs refuse all values of such a body.
+    if b'\0' in body:
+        body = INVALID.encode()
+    reply.body = body
     return ''
 
 
 class StrictResponse(http.client.HTTPResponse):
     """A response whose chunk sizes are hexadecimal digits alone.
 
-    http.client would also take 0x10 and +5. A later Python that does not call this method would do
-    no worse.
+    http.client calls this method. Its own would also take 0x10 and +5.
     """
 
     def _read_next_chunk_size(self):
         line = self.fp.readline(1000)
-        size = re.match(b'[0-9A-Fa-f]+(?=[ \t\r\n;])', line)
+        size = re.match(b'([0-9A-Fa-f]+)[ \t\r\n;]', line)
         if not size:
             raise ValueError('no chunk size')
-        return int(size.group(), 16)
+        return int(size.group(1), 16)
 
 
 # ---- Attempts ----------------------------------------------------------------------------------
@@ -503,29 +515,31 @@ def retry(step, function, *arguments, optional=False, attempts=None):
     with a status:
     - 404. But that is also its reply to all requests while it starts.
     - 400, if it is too old to know the value.
-    So it has to say so ENOUGH_ABSENCES times. With fewer attempts than that, it has to each time.
+    So it is believed after ABSENCES_BELIEVED such replies; or after all attempts, if they are fewer
+    and each of them has ended so.
     """
     attempts = attempts or settings.attempts
+    absences_believed = min(ABSENCES_BELIEVED, attempts)
     absences = 0
     last_reason = ''
     for attempt in range(1, attempts + 1):
-        routes = read_routes()
+        routes_before = read_routes()
         try:
             return function(*arguments)
         except Failed as error:
-            failure = error  # Python deletes the name behind "as"
+            failure = error  # the name behind "as" goes here
         # The same reason is not said each time, or the log would fill up.
         if str(failure) != last_reason or is_power_of_two(attempt):
             complain(f'{step}: attempt {attempt} of {attempts}: {failure}')
         last_reason = str(failure)
         if optional and failure.status in (400, 404):
             absences += 1
-            if absences == min(ENOUGH_ABSENCES, attempts):
+            if absences == absences_believed:
                 return ''
         if attempt < attempts:
-            wait_for(min(attempt, settings.interval), routes if failure.no_reply else None)
+            wait_for(min(attempt, settings.interval), routes_before, failure.no_reply)
     question = ''
-    if failure.no_reply and not progress.has_reply:
+    if failure.no_reply and not run_state.has_reply:
         question = '; is this a VM on Azure?'
     raise Failed(f'gave up after {attempts} attempts: {last_reason}{question}')
 
@@ -535,13 +549,13 @@ def is_power_of_two(number):
     return number & (number - 1) == 0
 
 
-def wait_for(seconds, routes):
-    """Wait. If routes are given, stop when the kernel's are others: the network has come up."""
-    if routes is None:
+def wait_for(seconds, routes_before, no_reply):
+    """Wait. After an attempt without a reply, stop when the routes change: the network is up."""
+    if not no_reply:
         time.sleep(seconds)
         return
     end = time.monotonic() + seconds
-    while time.monotonic() < end and read_routes() == routes:
+    while time.monotonic() < end and read_routes() == routes_before:
         time.sleep(0.1)
 
 
@@ -561,7 +575,8 @@ WIRESERVER_HEADERS = {'x-ms-version': '2012-11-30', 'x-ms-agent-name': 'custom-p
 def report_ready():
     """Report to the WireServer that this VM is Ready."""
     say('Retrieving goal state from the Wireserver')
-    retry('ready', report_health, 'Ready', '')
+    details_xml = ''
+    retry('ready', report_health, 'Ready', details_xml)
 
 
 def report_health(state, details_xml):
@@ -654,7 +669,7 @@ def squeeze(text):
 
 
 def split_words(text):
-    """Return the words of a text, as WHITE_SPACE splits it. str.split has more white space."""
+    """Return the words of a text, as WHITE_SPACE splits it. str.split has more such characters."""
     return re.findall(f'[^{WHITE_SPACE}]+', text)
 
 
@@ -680,7 +695,7 @@ def set_hostname():
     name, _ = request_property('hostname', 'osProfile/computerName', 'HostName', optional=True)
     if not name:
         name = retry('hostname', request_text, 'name')
-    name = name.replace('_', '-')  # systemd would drop it
+    name = name.replace('_', '-')  # systemd would drop the '_'
     if not is_hostname(name):
         raise Failed('no valid hostname')
     say(f'Hostname: {name}')
@@ -689,7 +704,7 @@ def set_hostname():
 
 
 def is_hostname(text):
-    """Whether a text is a hostname: labels with dots between them, of up to 64 characters."""
+    """Whether a text is a hostname: labels with dots between them, 64 characters at most in all."""
     label = '[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?'
     return re.fullmatch(f'{label}([.]{label})*', text) is not None and len(text) <= 64
 
@@ -727,12 +742,14 @@ def set_kernel_hostname(name):
 def request_property(step, leaf, element, optional=False):
     """Return a property that the user gave the VM, squeezed, and the root element of the DVD.
 
-    The property is a leaf in IMDS, and an element on the DVD. If it comes from IMDS, the root is
-    None. The text is '' if IMDS does not have an optional property. Raise Failed after all
+    leaf: the path of the property in IMDS. element: its path on the DVD. If it comes from IMDS, the
+    root is None. The text is '' if IMDS does not have an optional property. Raise Failed after all
     attempts.
+
+    Without a DVD drive, there is only the third part.
     """
     if has_dvd_drive():
-        # 1. Ask IMDS for some minutes. That of Azure Stack has no properties.
+        # 1. Ask IMDS for some minutes. The IMDS of Azure Stack has no properties.
         attempts = min(ATTEMPTS_BEFORE_DVD, settings.attempts)
         try:
             text = retry(step, request_text, leaf, optional=optional, attempts=attempts)
@@ -777,7 +794,7 @@ def request_leaf(leaf, limit=BODY_LIMIT):
 
 
 def find_api_version(leaf):
-    """Return the first api-version that has a value, as an old IMDS refuses later ones."""
+    """Return the oldest api-version that has a value, as an old IMDS refuses later ones."""
     if leaf.startswith('publicKeys'):
         return '2018-04-02'
     return {
@@ -800,7 +817,7 @@ def last_part(leaf):
 
 def disable_unit():
     """Disable the service, of systemd or OpenRC, so that the next boot does not run it."""
-    sync_all()  # before, or a power cut could leave it disabled and the rest undone
+    sync_all()  # first, or a power cut could leave it disabled, and undo the other steps
     # Without --no-reload, systemd would run all of its generators again.
     disabled = run('systemctl', '--no-reload', 'disable', 'azure-provisioning.service')
     if not disabled and not run('rc-update', 'del', 'azure-provisioning'):
@@ -817,7 +834,7 @@ def sync_all():
 # ================================================================================================
 # The default run ends here. What follows runs only if another step is named. There is one
 # exception: where has_dvd_drive finds a drive, the step hostname also uses the section about the
-# DVD. In the sandbox of our unit, without a drop-in, it finds none.
+# DVD. Our systemd unit hides the drive, unless a drop-in shows it.
 # ================================================================================================
 
 
@@ -840,7 +857,7 @@ def describe_failure(reason):
     now = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
     agent = f'azure-provisioning/{VERSION}'
     text = f'result=error|reason={reason}|agent={agent}|vm_id={vm_id}|timestamp={now}'
-    text = os.fsencode(text).decode(BYTE_ENCODING)  # the reason may have a path, as os.fsdecode has
+    text = os.fsencode(text).decode(BYTE_ENCODING)  # there may be a path in the reason
     description = re.sub('[^ -~]', ' ', text[:512])  # ' ' to '~': ASCII that can be printed
     description = re.sub('[&<>]', ' ', description)
     return (
@@ -877,11 +894,11 @@ def is_vm_id(text):
 def read_file(path):
     """Return the text of a file without line feeds at its end, '' if there is no such file.
 
-    Raise Failed if it cannot be read, or has a byte that no text has.
+    Raise Failed if it cannot be read, or has a NUL byte or INVALID in it.
     """
     if not os.path.lexists(path):
         return ''
-    text = INVALID
+    text = INVALID  # until it is read
     with contextlib.suppress(OSError):
         if os.path.isfile(path):  # opening a FIFO would take for ever
             with open(path, encoding=BYTE_ENCODING, newline='') as file:
@@ -894,7 +911,7 @@ def read_file(path):
 # ---- Step user: the account, its SSH keys, sudo or doas ----------------------------------------
 
 
-# How public keys of OpenSSH begin: TYPE BASE64. What the base64 encodes begins with the type again.
+# How public keys of OpenSSH begin: TYPE BASE64. The base64 begins with the type, too, encoded.
 KEY_BEGINNINGS = (
     'ssh-rsa AAAAB3Nz',
     'ssh-ed25519 AAAAC3Nz',
@@ -936,7 +953,7 @@ def create_user():
 
 
 def is_user_name(text):
-    """Whether a text is a user name with a small letter. To sudo, ALL is everybody, not a name."""
+    """Whether a text is a user name with a small letter. In a rule of sudo, ALL is everybody."""
     return (
         re.fullmatch(ACCOUNT_NAME, text) is not None
         and re.search('[a-z]', text) is not None
@@ -960,7 +977,7 @@ def request_keys():
             return find_keys(retry('user', request_dvd, attempts=DVD_ATTEMPTS))
         except Failed:
             pass  # go on with 4
-    # 4. IMDS may have been starting. It is asked again, and has to have a key now.
+    # 4. IMDS may have been starting, unless it had a text. Now it has to have a key.
     if not has_key_text:
         try:
             keys, _ = request_imds_keys(optional=False)
@@ -974,7 +991,7 @@ def request_keys():
 def request_imds_keys(optional):
     """Return the valid SSH keys of IMDS, and whether it has any text as a key, valid or not.
 
-    optional: IMDS may have no list of keys, and empty keys. If not, both are tried again.
+    optional: IMDS may have no list of keys, and empty keys. Otherwise, that is a failed attempt.
     """
     request = request_leaf if optional else request_text
     names = split_words(retry('user', request, 'publicKeys', optional=optional))
@@ -996,13 +1013,13 @@ def find_keys(dvd_root):
     elements = dvd_root.findall(f'{OVF_PATH}/SSH/PublicKeys/PublicKey/Value')
     for number, element in enumerate(elements):
         keys += pick_keys(number, text_of(element))
-    if not keys and find_passwords_disabled(dvd_root) != 'false':
+    if not keys and find_password_setting(dvd_root) != 'false':
         raise Failed(NO_LOGIN_REASON)
     return keys
 
 
-def find_passwords_disabled(dvd_root):
-    """Return what the DVD says about passwords for SSH: 'true', 'false', or something else."""
+def find_password_setting(dvd_root):
+    """Return 'true' if the DVD forbids passwords for SSH, 'false' if it allows them."""
     return find_squeezed(dvd_root, f'{OVF_PATH}/DisableSshPasswordAuthentication').lower()
 
 
@@ -1023,8 +1040,8 @@ def split_keys(text):
 
     Azure may break a key into lines, and a user may give several keys. So a line is a part of the
     key before it, unless it begins with a type, or with options and a type:
-        ssh-rsa AAAA…
-        no-pty ssh-rsa AAAA…
+        ssh-rsa AAAA...
+        no-pty ssh-rsa AAAA...
     A key with options is refused later.
     """
     keys = []
@@ -1036,7 +1053,7 @@ def split_keys(text):
         if not keys or re.search(f'{type_first}|{type_behind_options}', squeeze(line)):
             keys.append('')
         keys[-1] += line
-    return [squeeze(key) for key in keys] or ['']
+    return [squeeze(key) for key in keys] or ['']  # pick_keys has to say that it is not valid
 
 
 def is_ssh_key(text):
@@ -1070,7 +1087,7 @@ def find_account(name):
     if shadow_fields:
         password_field = shadow_fields[1]
     elif os.path.exists('/etc/shadow'):
-        password_field = '!'  # useradd was interrupted: no line there is the same as a locked one
+        password_field = '!'  # useradd was interrupted: without a line, the account is locked
     return types.SimpleNamespace(
         name=name,
         password_field=password_field,
@@ -1093,9 +1110,9 @@ def find_fields(path, name):
 
 
 def add_account(name):
-    """Make the user, in the group of the same name, if there is one; otherwise that is made, too.
+    """Make the user, in the group of the same name, if there is one.
 
-    The caller looks in /etc/passwd whether it worked. Raise Failed if /etc/group cannot be read.
+    The caller finds out in /etc/passwd if it worked. Raise Failed if /etc/group cannot be read.
     """
     shell = '/bin/bash' if os.access('/bin/bash', os.X_OK) else '/bin/sh'
     useradd = ['useradd', '-m', '-s', shell]
@@ -1123,7 +1140,8 @@ def is_system_account(account):
 def unlock_account(account):
     """Unlock an account: without PAM, sshd refuses the keys of one that is locked.
 
-    '!…' in the password field locks an account. '*' does not, though no password fits it.
+    A '!' in front of the password field locks an account. A '*' there does not, and fits no
+    password.
     """
     if account.password_field.startswith('!'):
         name = account.name
@@ -1137,7 +1155,7 @@ def authorize_keys(account, keys):
     path = find_keys_file(account)
     folder = os.path.dirname(path)
     for each in (folder, path):
-        if os.path.islink(each):  # root would write wherever the user has it point
+        if os.path.islink(each):  # root would write where the user has it lead
             raise Failed(f'{each}: a symlink is in the way')
     make_keys_folder(account, folder)
     owner = account.owner
@@ -1208,21 +1226,21 @@ def make_keys_folder(account, folder):
     """Make the home, and the folder of the keys, with modes that sshd accepts."""
     uid, gid = account.owner
     make_home(account)
-    make_public_folder(folder)
+    make_readable_folder(folder)
     if is_in_home(account, folder):
         each = folder
         while is_in_home(account, each):  # for ~/.ssh/keys: that, and ~/.ssh
-            run_to_make(folder, 'chown', '-h', f'{uid}:{gid}', each)
+            run_or_fail(folder, 'chown', '-h', f'{uid}:{gid}', each)
             each = os.path.dirname(each)
-        run_to_make(folder, 'chmod', '700', folder)
-        run_to_make(folder, 'chmod', 'u+rwx,go-w', account.home)
+        run_or_fail(folder, 'chmod', '700', folder)
+        run_or_fail(folder, 'chmod', 'u+rwx,go-w', account.home)
 
 
 def make_home(account):
     """Make the home, unless it is there and the user's.
 
-    If it is root's, useradd was interrupted: finish its work. If it is somebody else's, raise
-    Failed: the keys in it are theirs, too.
+    If it is root's, useradd was interrupted: finish its work. If it is somebody else's, so are the
+    keys in it: raise Failed.
     """
     home = account.home
     uid, gid = account.owner
@@ -1234,14 +1252,14 @@ def make_home(account):
         if owner_of_home != 0 or is_top:
             raise Failed(f'{home}: belongs to another user')
     else:
-        make_public_folder(home)
+        make_readable_folder(home)
     if os.path.isdir('/etc/skel'):
-        run_to_make(home, 'cp', '-R', '-p', '/etc/skel/.', home)
-    run_to_make(home, 'chown', '-R', '-h', f'{uid}:{gid}', home)
+        run_or_fail(home, 'cp', '-R', '-p', '/etc/skel/.', home)
+    run_or_fail(home, 'chown', '-R', '-h', f'{uid}:{gid}', home)
     restore_labels('user', home)
 
 
-def make_public_folder(folder):
+def make_readable_folder(folder):
     """Make a folder, and those above it, so that everybody may list and enter them."""
     os.umask(0o022)
     made = run('mkdir', '-p', folder)
@@ -1250,7 +1268,7 @@ def make_public_folder(folder):
         raise Failed(f'cannot make {folder}')
 
 
-def run_to_make(path, *command):
+def run_or_fail(path, *command):
     """Run a command, one of those that make a path as it should be. Raise Failed if it fails."""
     if not run(*command):
         raise Failed(f'cannot make {path}')
@@ -1280,7 +1298,7 @@ def grant_root(name):
     as the user can log in.
     """
     rule = f'{name} ALL=(ALL:ALL) NOPASSWD:ALL'
-    # With sudo and doas, the last rule that fits counts: that in a file whose name begins with zz.
+    # With sudo and doas, the last rule that fits counts. So the names of our files begin with zz.
     if run('visudo', '-q', '-c', '-f', '/dev/stdin', input_line=rule):
         write_file('/etc/sudoers.d/zz-azure-provisioning', 0o440, f'{rule}\n'.encode())
         restore_labels('user', '/etc/sudoers.d/zz-azure-provisioning')
@@ -1332,8 +1350,6 @@ def add_last_line(text, line):
 
 DVD_FOLDER = '/run/azure-provisioning/dvd'
 OVF_FILE = f'{DVD_FOLDER}/ovf-env.xml'
-DVD_ATTEMPTS = 30  # the drive, or the medium in it, may come late
-ATTEMPTS_BEFORE_DVD = 60  # at IMDS, for what is also on the DVD: five minutes
 DATA_LIMIT = 122880  # bytes of ovf-env.xml or user data, at most: enough for 64 KiB in base64
 OVF_PATH = 'ProvisioningSection/LinuxProvisioningConfigurationSet'
 
@@ -1345,7 +1361,7 @@ def request_dvd():
     if os.path.isfile(OVF_FILE):
         with contextlib.suppress(OSError), open(OVF_FILE, 'rb') as file:
             document = file.read(DATA_LIMIT + 1)
-    run_always('umount', DVD_FOLDER)  # if it fails, the next mount_dvd finds the DVD mounted
+    run_even_dry('umount', DVD_FOLDER)  # if it fails, the next mount_dvd finds the DVD mounted
     if not document:
         raise Failed('ovf-env.xml: cannot be read')
     root = None
@@ -1370,12 +1386,12 @@ def may_be_utf_8(document):
 
 
 def mount_dvd():
-    """Mount the DVD where only root can see it, unless it is mounted: an umount may have failed."""
+    """Mount the DVD where only root can see it, unless it still is, after an umount that failed."""
     mount = ['mount', '-t', 'udf,iso9660', '-o', 'ro,nosuid,nodev,noexec', '/dev/sr0', DVD_FOLDER]
-    is_folder = run_always('mkdir', '-p', DVD_FOLDER)
     if os.path.exists(OVF_FILE):
         return
-    if not is_folder or not has_dvd_drive() or not run_always(*mount):
+    is_folder = run_even_dry('mkdir', '-p', DVD_FOLDER)
+    if not is_folder or not has_dvd_drive() or not run_even_dry(*mount):
         raise Failed('ovf-env.xml: no DVD')
 
 
@@ -1386,7 +1402,7 @@ SSHD_CONFIG = '/etc/ssh/sshd_config'
 SSHD_DEFAULT = '/usr/etc/ssh/sshd_config'  # of openSUSE; counts if there is none in /etc
 SSHD_DROP_INS = '/etc/ssh/sshd_config.d/*.conf'
 OUR_DROP_IN = '/etc/ssh/sshd_config.d/00-azure-provisioning.conf'
-# Each of them can let in with a password. Since OpenSSH 8.7, the last two are one setting.
+# Each of them can allow passwords. Since OpenSSH 8.7, the last two are one setting.
 SSHD_KEYWORDS = (
     'PasswordAuthentication',
     'ChallengeResponseAuthentication',
@@ -1404,19 +1420,19 @@ def set_password():
     password = find_text(root, f'{OVF_PATH}/UserPassword')
     if has_control_character(password) or len(password) > 72:  # bytes; Azure allows no more
         raise Failed('no valid password')
-    is_given = password not in ('', 'REDACTED')  # cloud-init's copy of the file has the latter
+    is_given = password not in ('', 'REDACTED')  # cloud-init writes that into its copy of the file
     if is_given:
         store_password(name, password)
         say_done('Password set')
-    passwords_disabled = find_passwords_disabled(root)
-    if passwords_disabled == 'true':
+    password_setting = find_password_setting(root)
+    if password_setting == 'true':
         configure_sshd(name, 'no')
-    elif passwords_disabled == 'false' or is_given:
+    elif password_setting == 'false' or is_given:
         configure_sshd(name, 'yes')
 
 
 def store_password(name, password):
-    """Set the password of a user. Raise Failed if chpasswd does not; PAM may forbid it."""
+    """Set the password of a user. Raise Failed if chpasswd fails, as where PAM refuses it."""
     line = f'{name}:{password}'
     if not run('chpasswd', input_line=line):
         raise Failed('chpasswd failed')
@@ -1500,7 +1516,7 @@ STATE_FOLDER = '/var/lib/azure-provisioning'
 
 
 def save_data():
-    """Save the user data of IMDS, and the custom data of the DVD, if that can be read."""
+    """Save the user data of IMDS; and the custom data, if there is a DVD."""
     say('Retrieving user data from IMDS')
     user_data = retry('data', request_leaf, 'userData', DATA_LIMIT, optional=True)
     save_decoded('userData', f'{STATE_FOLDER}/user-data', user_data)
@@ -1508,7 +1524,7 @@ def save_data():
     try:
         root = retry('data', request_dvd, attempts=DVD_ATTEMPTS)
     except Failed:
-        return
+        return  # not a failure: a VM may be without a DVD
     custom_data = find_text(root, f'{OVF_PATH}/CustomData')
     save_decoded('customData', f'{STATE_FOLDER}/custom-data', custom_data)
 
@@ -1590,16 +1606,16 @@ def find_client(interface):
     return ''
 
 
-DHCPCD_PID = '/run/dhcpcd/pid'  # of a dhcpcd for all interfaces; one for a single one ignores -h
+DHCPCD_PID = '/run/dhcpcd/pid'  # of a dhcpcd for all interfaces; that for a single one ignores -h
 
 
 def dhcpcd_lease(interface):
-    """Return the path of dhcpcd's lease, which does not go when dhcpcd ends."""
+    """Return the path of dhcpcd's lease, a file that stays when dhcpcd ends."""
     return f'/var/lib/dhcpcd/{interface}.lease'
 
 
 def networkd_lease(interface):
-    """Return the path of systemd-networkd's lease, which goes when systemd-networkd ends."""
+    """Return the path of systemd-networkd's lease, a file that goes when systemd-networkd ends."""
     index = read_output('cat', f'/sys/class/net/{interface}/ifindex')
     return f'/run/systemd/netif/leases/{index}'
 
@@ -1614,9 +1630,9 @@ def find_process(client, interface):
 
 
 def tell_server(client, interface, name):
-    """Have the client tell its server the hostname; return whether the server has heard it.
+    """Have the client tell its server the hostname; return whether the server knows it.
 
-    NetworkManager does not show that; for nmcli, return whether it has been asked to tell it.
+    NetworkManager does not show that; for nmcli, return whether it took the command.
     """
     if client == 'networkctl':  # networkd takes the hostname from the kernel
         return renew_lease(networkd_lease(interface), client, 'reconfigure', interface)
@@ -1626,21 +1642,21 @@ def tell_server(client, interface, name):
         return renew_lease(dhcpcd_lease(interface), client, '-n', '-h', name, interface)
     if client == 'dhclient':
         return run_second_dhclient(interface)
-    # udhcpc: a second one, which asks once and ends, as the running one takes no hostname. Instead
-    # of the script that sets up the interface, it runs /bin/true.
+    # The running udhcpc cannot be given a hostname. So run a second one, which asks once, and ends.
+    # Instead of the script that sets up the interface, it runs /bin/true.
     option = f'hostname:{name}'
     return run(client, '-n', '-q', '-f', '-i', interface, '-x', option, '-s', '/bin/true')
 
 
 def renew_lease(lease, *command):
     """Run a command that has a client ask for a new lease; return whether it comes in 5 seconds."""
-    old = read_stamp(lease)
+    old = read_file_version(lease)
     if not run(*command):
         return False
     if settings.dry_run:
         return True
     waited = 0
-    while read_stamp(lease) in ('', old):  # it is removed, or not written again yet
+    while read_file_version(lease) in ('', old):  # it is gone, or not written again yet
         if waited == 5:
             return False
         time.sleep(1)
@@ -1648,7 +1664,7 @@ def renew_lease(lease, *command):
     return True
 
 
-def read_stamp(path):
+def read_file_version(path):
     """Return a text that changes when the file is written again, '' if there is no file."""
     try:
         status = os.stat(path)
@@ -1679,7 +1695,7 @@ def run_second_dhclient(interface):
     words += ['-q', '-sf', '/bin/true', '-pf', pid_file, '-lf', second_leases]
     try:
         write_file(second_leases, 0o600, f'{identity}\n'.encode(BYTE_ENCODING))
-        # With -1 it asks, and goes on in the background. With -x it is ended.
+        # With -1 it asks, and goes on in the background. The one with -x ends it.
         is_told = run('dhclient', *words, '-1') and run('dhclient', *words, '-x')
     except Failed:  # the file cannot be written
         is_told = False
@@ -1727,8 +1743,8 @@ def is_remembered():
 def swap_bytes(vm_id):
     """Return an id with the bytes of its first three groups in the other order.
 
-    00112233-4455-6677-… becomes 33221100-5544-7766-…, and the other way round. Firmware shows the
-    id of a VM in one order or the other. An update may change it.
+    00112233-4455-6677-... becomes 33221100-5544-7766-..., and the other way round. Firmware shows
+    the id of a VM in one order or the other. An update may change it.
     """
     return re.sub('^(..)(..)(..)(..)-(..)(..)-(..)(..)-', r'\4\3\2\1-\6\5-\8\7-', vm_id)
 

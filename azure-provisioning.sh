@@ -3,23 +3,24 @@
 # azure-provisioning.py is the same program in Python, with the same sections and functions.
 #
 # Arguments, settings and exit statuses: see USAGE. Errors: a step that fails says so on stderr.
-# Needs sleep, and curl; or wget, with timeout, head and tr. If hostnamectl fails, it needs chmod,
-# hostname, mkdir, mv, rm and sync. The other steps also need base64, cat, chown, cp, date, ls,
-# mount, readlink, sed, tr and umount; publish needs grep and uname.
+# Needs:
+# - sleep and curl; or sleep, wget, timeout, head and tr
+# - where hostnamectl fails: chmod, hostname, mkdir, mv, rm and sync
+# - for the other steps: base64, cat, chown, cp, date, ls, mount, readlink, sed, tr and umount; for
+#   publish, also grep and uname
 # Sources: https://learn.microsoft.com/azure/virtual-machines/linux/no-agent for the WireServer,
 # .../linux/provisioning for the DVD, .../instance-metadata-service for IMDS.
 #
 # How to read this file:
 # - UPPERCASE variables are settings and constants.
 # - A function uses its arguments, and the variables that its comment names with a $. "Its caller's
-#   $x" is a local variable there.
+#   $x" is a local variable of the caller.
 # - The comment says which variables it sets. A function that finds or makes one text sets $value,
 #   which the next such function overwrites; but read_file sets $text, and find_line sets $line.
 # - A function "can fail": it then sets $reason, for a line on stderr, and returns 1. `fail` does
-#   both, so that this line leaves a function that can fail:
+#   both. So the function that this line stands in ends there, and fails, unless CHECK is true:
 #       CHECK || fail 'the reason' || return
 # - Other functions answer a question, or try something: they return 0 or 1, and set no $reason.
-# - `return` alone keeps the status of the command before it: 1 behind ||, 0 behind `then`.
 # - A text is split with a local IFS. The functions that are called while it is set do not split, or
 #   have an IFS of their own.
 
@@ -76,20 +77,22 @@ DRY_RUN=
 # What changes during a run.
 has_reply='' # whether any server has answered so far
 
-CONNECT_LIMIT=3   # seconds to connect, at most; they are part of the timeout
-BODY_LIMIT=65536  # bytes of a reply's body, at most
-ENOUGH_ABSENCES=5 # replies of IMDS that it has no such value, until that is believed
+CONNECT_LIMIT=3        # seconds to connect, at most; they are part of the timeout
+BODY_LIMIT=65536       # bytes of a reply's body, at most
+ABSENCES_BELIEVED=5    # so often IMDS has to reply that it has no such value
+DVD_ATTEMPTS=30        # at reading the DVD, as the drive, or the medium in it, may come late
+ATTEMPTS_BEFORE_DVD=60 # at IMDS, for a value that the DVD has, too: five minutes
 NEWLINE='
 '
-WHITE_SPACE=$(printf ' \t\n\r') # the characters that are white space in XML
+WHITE_SPACE=$(printf ' \t\n\r') # that of XML. The line feed does not come last: $() removes those.
 
 # A text that cannot be used is replaced by this character, which no valid value has.
 INVALID=$(printf '\001')
 
 # ---- Messages and failures ---------------------------------------------------------------------
 
-# say LINE...: print lines to stdout. If they cannot be printed, go on: that must not keep the VM
-# from being Ready.
+# say LINE...: print lines to stdout. If they cannot be printed, go on: the VM has to be Ready all
+# the same.
 say() {
     { printf '%s\n' "$@" || :; } 2>/dev/null
 }
@@ -119,7 +122,7 @@ main() {
     set -f # a text that is split into words is not a pattern for file names
     export LC_ALL=C
     umask 077
-    trap '' PIPE # go on if nobody reads the output
+    trap '' PIPE # if nobody reads the output, go on
     parse_arguments "$@"
     check_settings
     if has_word remember "$steps" && is_remembered; then
@@ -148,8 +151,8 @@ find_step() {
     esac
 }
 
-# parse_arguments [ARGUMENT]...: sets $steps, and DRY_RUN. The first -h, --version or mistake ends
-# the program.
+# parse_arguments [ARGUMENT]...: sets $steps to those that are named, and DRY_RUN. The first -h,
+# --version or mistake ends the program.
 parse_arguments() {
     local argument
     steps=''
@@ -253,7 +256,7 @@ run_steps() {
 
 # run_step STEP: do a step; can fail
 run_step() {
-    reason='unknown error' # in case that a function returns 1 by mistake
+    reason='unknown error' # in case a function returns 1 without fail, by mistake
     find_step "$1"
     "$function"
 }
@@ -280,7 +283,7 @@ run() {
     has_command "$1" || return 1
     if [ -n "$DRY_RUN" ]; then
         say "Would run: $*"
-        return
+        return 0
     fi
     "$@" || return 1
 }
@@ -289,7 +292,7 @@ run() {
 # not have been up.
 run_twice() {
     if run "$@"; then
-        return
+        return 0
     fi
     has_command "$1" || return 1
     sleep 1
@@ -314,21 +317,24 @@ say_done() {
 #     write_file /etc/hostname 644 '' printf '%s\n' "$name"
 #
 # MODE: a number; '' keeps the mode and the owner of the old file.
-# OWNER: UID:GID; '' makes the file root's.
+# OWNER: UID:GID; '' stands for root.
+# The command may run more than once.
 write_file() {
     local file="$1" attempt
     if [ -n "$DRY_RUN" ]; then
         say "Would write $file"
-        return
+        return 0
     fi
+    # FILE.new is there while another copy of this program writes the file, or because one has ended
+    # early. After two seconds, it is the latter.
     for attempt in 1 2 3; do
-        if [ $attempt = 3 ]; then # a run that ended early has left this file
+        if [ $attempt = 3 ]; then
             rm -f "$file.new" 2>/dev/null
         fi
         if replace_file "$@" 2>/dev/null; then
-            return
+            return 0
         fi
-        if [ $attempt -lt 3 ]; then # another copy of this program may be writing the same file
+        if [ $attempt -lt 3 ]; then
             sleep 1
         fi
     done
@@ -355,8 +361,8 @@ replace_file() {
         fi
         chmod "$mode" "$new" || return 1
     else
-        cp -p "$file" "$new" || return 1 # the mode and the owner, but also the old content
-        "$@" >"$new" || return 1
+        cp -p "$file" "$new" || return 1 # copies mode and owner, but also the old content:
+        "$@" >"$new" || return 1         # so write the new one again
     fi
     sync_path "$new" || return 1 # before the rename, or a power cut could leave an empty file
     mv -f "$new" "$file" || return 1
@@ -381,12 +387,12 @@ sync_path() {
 # nothing in time              000      timed out        fails: LABEL: timed out; sets $no_reply
 # what is not HTTP             000      broken reply     fails: LABEL: broken reply
 # a bad status                 404      any              fails: LABEL: HTTP 404
-# a good one, half a body      200      broken reply     fails: LABEL: broken reply
-# the same, and no end         200      timed out        fails: LABEL: timed out
-# a good one, a large body     200      reply too large  fails: LABEL: reply too large
-# a good one, and a body       200      none             succeeds
+# 200, but half a body         200      broken reply     fails: LABEL: broken reply
+# 200, but not in time         200      timed out        fails: LABEL: timed out
+# 200, but a large body        200      reply too large  fails: LABEL: reply too large
+# 200 and a body               200      none             succeeds
 #
-# 200 is good. For a POST, 201 to 299 are, too.
+# For a POST, each 2xx is as good as 200.
 exchange() {
     local label="$1" url="$2" data="$3" limit="$4" problem
     shift 4
@@ -397,30 +403,32 @@ exchange() {
         --header 'Connection: close'
     {
         if has_command curl; then
-            take_reply "$(send_with_curl "$@")"
+            split_reply "$(send_with_curl "$@")" # sets $problem
         else
-            # head cuts off what take_reply would refuse. The shell would drop a NUL byte: tr makes
+            # head cuts off what split_reply would refuse. The shell would drop a NUL byte: tr makes
             # it INVALID.
-            take_reply "$(send_with_wget "$@" | head -c $((limit + 101)) | tr '\000' "$INVALID")"
+            split_reply "$(send_with_wget "$@" | head -c $((limit + 101)) | tr '\000' "$INVALID")"
         fi
-    } 2>/dev/null # without what the programs say, and Bash of a NUL byte
+    } 2>/dev/null # without the messages of the programs, and Bash's warning of a NUL byte
     case $status:$problem in
     '000:no connection' | '000:timed out') no_reply=yes ;;
     *) has_reply=yes ;;
     esac
     case $status:$data in
-    000:* | 200:* | 2??:?*) ;;
-    *) fail "$label: HTTP $status" || return ;; # says more than what went wrong after it
+    000:*) ;;                                   # no status
+    200:*) ;;                                   # a good one
+    2??:?*) ;;                                  # a good one for a POST
+    *) fail "$label: HTTP $status" || return ;; # a bad status says more than the problem
     esac
     [ "$problem" = none ] || fail "$label: $problem"
 }
 
 # send_with_curl [--header HEADER]...: send a request, with its caller's $url, $data and $limit.
-# Prints four lines for take_reply, or more, as a body may have line feeds. For example:
+# Prints four lines for split_reply, or more, as a body may have line feeds. For example:
 #     web-1          BODY
 #     200            STATUS, 000 without a reply
 #     5              SIZE of the body, in bytes
-#     none           PROBLEM
+#     none           PROBLEM, one of those of exchange; or "lost", which is the connection
 send_with_curl() {
     local bytes_a_second connect_limit=$CONNECT_LIMIT
     if [ "$TIMEOUT" -lt "$connect_limit" ]; then
@@ -429,8 +437,8 @@ send_with_curl() {
     if [ -n "$data" ]; then
         set -- "$@" --data-binary "$data"
     fi
-    # Before curl 8.4, --max-filesize does not stop a body whose size is not announced. This rate
-    # does: within TIMEOUT, some five times the limit can come.
+    # Before curl 8.4, --max-filesize does not stop a body whose size is not announced. Then the
+    # rate bounds it: some five times the limit can come within TIMEOUT.
     bytes_a_second=$((4 * limit / TIMEOUT + 4096))
     curl -q --silent --fail --noproxy '*' --proto =http \
         --connect-timeout "$connect_limit" --max-time "$TIMEOUT" \
@@ -441,18 +449,18 @@ send_with_curl() {
     28) echo 'timed out' ;;
     63) echo 'reply too large' ;;
     1 | 8) echo 'broken reply' ;; # it is not HTTP
-    *) echo 'no connection' ;;
+    *) echo lost ;;
     esac
 }
 
-# send_with_wget [--header HEADER]...: the same with wget, of GNU or of BusyBox. It does not know
-# the SIZE, and leaves that line empty.
+# send_with_wget [--header HEADER]...: do what send_with_curl does, with wget, of GNU or of BusyBox.
+# It does not know the SIZE, and leaves that line empty.
 #
 # What wget says on stderr begins with the head of the reply, indented. For example:
 #       HTTP/1.1 200 OK
 #       Content-Type: text/xml
 send_with_wget() {
-    local log exit_status status=000 is_http=''
+    local log exit_status status=000 bad_head=''
     if [ -n "$data" ]; then
         set -- "$@" --post-data "$data"
     fi
@@ -466,28 +474,29 @@ send_with_wget() {
     exit_status=$?
     case $log in
     *'  HTTP/1.'?' '[1-9][0-9][0-9]*)
-        status=${log#*'  HTTP/1.'? }
+        status=${log#*'  HTTP/1.'?' '} # 200 OK and more
         status=${status%%[!0-9]*}
         ;;
-    *'  '*) is_http=no ;; # a head without a status
+    *'  '*) bad_head=yes ;; # there is no status in it
     esac
     printf '\n%s\n\n' "$status"
-    case $status:$exit_status:$is_http in
-    *:no | 000:0:) echo 'broken reply' ;;
-    *:0:) echo none ;;
-    *:124: | *:143:) echo 'timed out' ;; # timeout's exit status: of coreutils, of BusyBox
-    *) echo 'no connection' ;;
+    case $bad_head:$status:$exit_status in
+    yes:*) echo 'broken reply' ;;
+    :000:0) echo 'broken reply' ;; # no head
+    :*:0) echo none ;;
+    :*:124 | :*:143) echo 'timed out' ;; # timeout's exit status: of coreutils, of BusyBox
+    *) echo lost ;;                      # or the status is bad
     esac
 }
 
-# take_reply REPLY: take apart what one of these printed, from its end; sets $status, $body and its
-# caller's $problem
-take_reply() {
+# split_reply REPLY: take apart what send_with_curl or send_with_wget printed, line by line from the
+# end; sets $status, $body and its caller's $problem. Uses its caller's $limit.
+split_reply() {
     local rest="$1" size
     if [ "${#rest}" -gt $((limit + 100)) ]; then # more than a body and three lines
         status=000
         problem='reply too large'
-        return
+        return 0
     fi
     problem=${rest##*"$NEWLINE"}
     rest=${rest%"$NEWLINE"*}
@@ -495,13 +504,16 @@ take_reply() {
     rest=${rest%"$NEWLINE"*}
     status=${rest##*"$NEWLINE"}
     body=${rest%"$NEWLINE"*}
-    if ! is_status "$status"; then # the end is missing: the client was killed
+    if ! is_status "$status"; then # lines are missing: the client was killed
         status=000
-        problem='no connection'
-    elif [ "${#body}" -gt "$limit" ]; then
+        problem=lost
+    fi
+    case $status:$problem in
+    000:lost) problem='no connection' ;;
+    *:lost) problem='broken reply' ;;
+    esac
+    if [ "${#body}" -gt "$limit" ]; then
         problem='reply too large'
-    elif [ "$problem" = 'no connection' ] && [ "$status" != 000 ]; then
-        problem='broken reply' # the connection was lost behind the status
     fi
     # A body with a NUL byte is not used. The shell has dropped the byte, so that the body is
     # shorter than its size; or tr has made it INVALID.
@@ -531,7 +543,8 @@ is_status() {
 # with a status:
 # - 404. But that is also its reply to all requests while it starts.
 # - 400, if it is too old to know the value.
-# So it has to say so ENOUGH_ABSENCES times. With fewer attempts than that, it has to each time.
+# So it is believed after ABSENCES_BELIEVED such replies; or after all attempts, if they are fewer
+# and each of them has ended so.
 retry() {
     local step="$1" attempts="$2" kind="$3" attempt=0 absences=0 last_reason='' question=''
     local routes_before
@@ -543,7 +556,7 @@ retry() {
         status=000 # exchange sets these two
         no_reply=''
         if "$@"; then
-            return
+            return 0
         fi
         # The same reason is not said each time, or the log would fill up.
         if [ "$reason" != "$last_reason" ] || is_power_of_two $attempt; then
@@ -553,14 +566,14 @@ retry() {
         case $kind:$status in
         optional:400 | optional:404)
             absences=$((absences + 1))
-            if [ $absences = $ENOUGH_ABSENCES ] || [ $absences = "$attempts" ]; then
+            if [ $absences = $ABSENCES_BELIEVED ] || [ $absences = "$attempts" ]; then
                 value=''
-                return
+                return 0
             fi
             ;;
         esac
         if [ $attempt -lt "$attempts" ]; then
-            wait_for $((attempt < INTERVAL ? attempt : INTERVAL)) "$routes_before"
+            wait_for $((attempt < INTERVAL ? attempt : INTERVAL)) "$routes_before" "$no_reply"
         fi
     done
     if [ -n "$no_reply" ] && [ -z "$has_reply" ]; then
@@ -574,13 +587,13 @@ is_power_of_two() {
     [ $(($1 & ($1 - 1))) -eq 0 ]
 }
 
-# wait_for SECONDS ROUTES: wait. After an attempt with $no_reply, stop when the kernel's routes are
-# others: the network has come up.
+# wait_for SECONDS ROUTES_BEFORE NO_REPLY: wait. After an attempt without a reply, stop when the
+# routes change: the network is up.
 wait_for() {
     local tenths=$((10 * $1))
-    if [ -z "$no_reply" ]; then
+    if [ -z "$3" ]; then
         sleep "$1"
-        return
+        return 0
     fi
     while [ $tenths -gt 0 ] && read_routes && [ "$routes" = "$2" ]; do
         if sleep 0.1 2>/dev/null; then
@@ -599,15 +612,16 @@ read_routes() {
     while read -r line; do
         routes=$routes$line$NEWLINE
     done 2>/dev/null </proc/self/net/route
-    return 0
+    return 0 # also without that file
 }
 
 # ---- Step ready: the goal state and the health report ------------------------------------------
 
 # report_ready: report to the WireServer that this VM is Ready; can fail
 report_ready() {
+    local details_xml=''
     say 'Retrieving goal state from the Wireserver'
-    retry ready "$ATTEMPTS" required report_health Ready ''
+    retry ready "$ATTEMPTS" required report_health Ready "$details_xml"
 }
 
 # report_health STATE DETAILS_XML: request the goal state, and send a health report for it: one
@@ -629,7 +643,7 @@ report_health() {
 </Health>"
     if [ -n "$DRY_RUN" ]; then
         say 'Would send the following data to Wireserver:' "$report"
-        return
+        return 0
     fi
     say 'Sending the following data to Wireserver:' "$report"
     exchange 'health report' "$WIRESERVER/machine?comp=health" "$report" "$BODY_LIMIT" \
@@ -668,7 +682,7 @@ request_goal_state() {
 # $markup_end   what ends the comment or the instruction that is open, '' if none is
 #
 # The document is cut at each '<'. For example, these are the pieces of <a>1<b>2</b><c/></a>, and
-# what the variables are behind each, if PATHS is 'b c':
+# what the variables are behind each, if PATHS is 'b c'. The text of c is empty:
 #
 #     piece    $path    $text      $found
 #     a>1      /a       1
@@ -677,23 +691,27 @@ request_goal_state() {
 #     c/>      /a       INVALID    b>2<c><
 #     /a>               INVALID    b>2<c><
 #
-# It refuses some legal documents, which Azure does not send: with a document type definition, with
-# CDATA, with a '>' in an attribute; very deep ones, and very long tags. A text with a comment is
-# INVALID.
+# Azure does not send these, and they are not read as other programs read them:
+# - A document type definition, CDATA, a '>' or '/ ' in an attribute, a tag of over 1,000 characters
+#   and very deep elements are refused.
+# - A text with a comment in it is INVALID.
+# - Behind a comment that stands outside of the root, text is overlooked.
+# Entities, such as &amp;, stay as they are: see decode_entities.
 read_xml() {
-    local root="$1" paths="$2" path='' text='' root_seen='' markup_end='' before piece
-    local IFS='<'
+    local root="$1" paths="$2" path='' text='' root_seen='' markup_end=''
+    local before byte_order_mark piece IFS='<'
     found=''
     case $body in
     *'<') return 1 ;; # cut off; the loop would not see that there is an empty piece at the end
     esac
     before=${body%%<*}
     if ! is_blank "$before"; then
-        is_blank "${before#"$(printf '\357\273\277')"}" || return 1 # a byte order mark
+        byte_order_mark=$(printf '\357\273\277')
+        is_blank "${before#"$byte_order_mark"}" || return 1
     fi
     for piece in ${body#"$before<"}; do # IFS cuts at each '<'
         if skip_markup "$piece"; then
-            text=$INVALID
+            text=$INVALID # that of the element around the comment
         else
             read_piece "$piece" || return 1
         fi
@@ -701,9 +719,9 @@ read_xml() {
     [ -n "$root_seen" ] && [ -z "$path" ] && [ -z "$markup_end" ] # nothing is open
 }
 
-# skip_markup PIECE: returns 1 if it is no part of a comment, or of an instruction such as
-# <?xml … ?>. Sets $markup_end to what ends that, or to '' if it ends in this piece. Until its end,
-# a '<' is a character like others.
+# skip_markup PIECE: whether it is in a comment, or in an instruction such as <?xml ... ?>. There, a
+# '<' is a character like others, so that it may have several pieces: sets $markup_end to its end,
+# or to '' if that is in this piece.
 skip_markup() {
     local rest="$1"
     if [ -z "$markup_end" ]; then
@@ -733,17 +751,18 @@ skip_markup() {
 #     /NAME                      the end of an element
 read_piece() {
     local tag="${1%%>*}" text_behind name
-    if [ "$tag" = "$1" ] || [ "${#tag}" -gt 1000 ]; then # no '>'; or it would take long
+    if [ "$tag" = "$1" ] || [ "${#tag}" -gt 1000 ]; then # no '>'; or too long for this shell
         return 1
     fi
     text_behind=${1#*>}
+    # For example, a:b c="d" becomes a:b, and that becomes b.
     name=${tag#/}
-    name=${name%%["$WHITE_SPACE"/]*} # without attributes
-    name=${name##*:}                 # without a prefix
+    name=${name%%["$WHITE_SPACE"/]*}
+    name=${name##*:}
     case $tag in
-    "$name" | "/$name") ;;                     # no attributes, no prefix: so are most tags
+    "$name" | "/$name") ;;                     # so are most tags
     */["$WHITE_SPACE"]*) return 1 ;;           # a '/' that ends no tag
-    *) has_paired_quotes "$tag" || return 1 ;; # or else the '>' is in an attribute
+    *) has_paired_quotes "$tag" || return 1 ;; # the '>' was in an attribute
     esac
     case $tag in
     /*)
@@ -769,7 +788,7 @@ has_paired_quotes() {
         before=${rest%%[\"\']*}
         rest=${rest#"$before"} # from the next quote on
         case $rest in
-        '') return ;;
+        '') return 0 ;;
         \"*\"*) rest=${rest#\"*\"} ;;
         \'*\'*) rest=${rest#\'*\'} ;;
         *) return 1 ;;
@@ -791,7 +810,7 @@ open_element() {
     fi
     path=$path/$1
     text=$2
-    [ "${#path}" -le 5000 ] # a deeper one would take long
+    [ "${#path}" -le 5000 ] || return 1 # too deep for this shell
 }
 
 # close_element NAME: go up from an element: sets $path, $text and $found. Returns 1 if another
@@ -803,7 +822,7 @@ close_element() {
     fi
     if has_word "$path_below_root" "$paths"; then
         found="$found$path_below_root>$text<"
-        [ "${#found}" -le 200000 ] || return 1 # more would take long
+        [ "${#found}" -le 200000 ] || return 1 # too much for this shell
     fi
     path=${path%/*}
     text=$INVALID # that of the element around it
@@ -818,7 +837,7 @@ find_text() {
         case $each in
         "$1>"*)
             value=${each#*>}
-            return
+            return 0
             ;;
         esac
     done
@@ -843,10 +862,10 @@ squeeze() {
     local IFS="$WHITE_SPACE"
     # shellcheck disable=SC2086 # split into words
     set -- $1
-    # Between two CR, the shell has found an empty word, as POSIX wants. Now it goes.
+    # Between two CR there is an empty word, as POSIX wants. The second time, it goes.
     # shellcheck disable=SC2048,SC2086
     set -- $*
-    value="$*"
+    value="$*" # a space, the first character of IFS, stands between the words
 }
 
 # is_number TEXT: whether it is decimal digits
@@ -860,7 +879,7 @@ is_number() {
 # in XML
 is_id() {
     case $1 in
-    '' | *[!!-~]*) return 1 ;;
+    '' | *[!!-~]*) return 1 ;; # the first '!' stands for "not"
     *[\<\>\&\"\']*) return 1 ;;
     esac
 }
@@ -877,7 +896,7 @@ set_hostname() {
     if [ -z "$value" ]; then
         retry hostname "$ATTEMPTS" required request_text name || return
     fi
-    replace_underscores "$value" # systemd would drop them
+    replace_underscores "$value" # systemd would drop the '_'
     name=$value
     is_hostname "$name" || fail 'no valid hostname' || return
     say "Hostname: $name"
@@ -894,7 +913,8 @@ replace_underscores() {
     done
 }
 
-# is_hostname TEXT: whether it is a hostname: labels with dots between them, of up to 64 characters
+# is_hostname TEXT: whether it is a hostname: labels with dots between them, 64 characters at most
+# in all
 is_hostname() {
     local label IFS=.
     case $1 in
@@ -933,10 +953,10 @@ store_hostname() {
 # set_kernel_hostname NAME: set the kernel's hostname; returns whether that worked
 set_kernel_hostname() {
     if [ -n "$DRY_RUN" ]; then
-        return
+        return 0
     fi
     if hostname "$1" 2>/dev/null; then
-        return
+        return 0
     fi
     { printf '%s\n' "$1" >/proc/sys/kernel/hostname; } 2>/dev/null
 }
@@ -944,25 +964,27 @@ set_kernel_hostname() {
 # request_property STEP LEAF ELEMENT required|optional: sets $value to a property that the user gave
 # the VM, squeezed, and $origin to imds or dvd. Can fail, after all attempts.
 #
-# The property is a leaf in IMDS, and an element on the DVD. $value is '' if IMDS does not have an
-# optional property.
+# LEAF: the path of the property in IMDS. ELEMENT: its path on the DVD. $value is '' if IMDS does
+# not have an optional property.
+#
+# Without a DVD drive, there is only the third part.
 request_property() {
     local step="$1" leaf="$2" element="$3" kind="$4" attempts="$ATTEMPTS_BEFORE_DVD"
     origin=imds
     if has_dvd_drive; then
-        # 1. Ask IMDS for some minutes. That of Azure Stack has no properties.
+        # 1. Ask IMDS for some minutes. The IMDS of Azure Stack has no properties.
         if [ "$ATTEMPTS" -lt "$attempts" ]; then
             attempts=$ATTEMPTS
         fi
         if retry "$step" "$attempts" "$kind" request_text "$leaf" && [ -n "$value" ]; then
-            return
+            return 0
         fi
         # 2. Look on the DVD.
         if retry "$step" "$DVD_ATTEMPTS" required request_dvd; then
             find_squeezed "$OVF_PATH/$element"
             if [ -n "$value" ]; then
                 origin=dvd
-                return
+                return 0
             fi
         fi
     fi
@@ -993,8 +1015,8 @@ request_leaf() {
     value=$body
 }
 
-# find_api_version LEAF: sets its caller's $version to the first api-version that has a value, as an
-# old IMDS refuses later ones
+# find_api_version LEAF: sets its caller's $version to the oldest api-version that has a value, as
+# an old IMDS refuses later ones
 find_api_version() {
     case $1 in
     name | vmId) version=2017-04-02 ;;
@@ -1010,7 +1032,7 @@ find_api_version() {
 # disable_unit: disable the service, of systemd or OpenRC, so that the next boot does not run it;
 # can fail
 disable_unit() {
-    sync_all # before, or a power cut could leave it disabled and the rest undone
+    sync_all # first, or a power cut could leave it disabled, and undo the other steps
     # Without --no-reload, systemd would run all of its generators again.
     if ! run systemctl --no-reload disable azure-provisioning.service &&
         ! run rc-update del azure-provisioning; then
@@ -1029,7 +1051,7 @@ sync_all() {
 # ================================================================================================
 # The default run ends here. What follows runs only if another step is named. There is one
 # exception: where has_dvd_drive finds a drive, the step hostname also uses the section about the
-# DVD. In the sandbox of our unit, without a drop-in, it finds none.
+# DVD. Our systemd unit hides the drive, unless a drop-in shows it.
 # ================================================================================================
 
 # ---- NotReady: a step before ready failed ------------------------------------------------------
@@ -1046,15 +1068,15 @@ report_not_ready() {
 
 # describe_failure REASON: sets $value to the part of the health report that tells Azure the reason
 describe_failure() {
-    local now text description
+    local now summary description
     request_vm_id
     if [ -z "$vm_id" ]; then
         read_vm_id
     fi
     now=$(date -u +%Y-%m-%dT%H:%M:%SZ)
-    text="result=error|reason=$1|agent=azure-provisioning/$VERSION|vm_id=$vm_id|timestamp=$now"
+    summary="result=error|reason=$1|agent=azure-provisioning/$VERSION|vm_id=$vm_id|timestamp=$now"
     # Spaces take the place of what is not ' ' to '~', ASCII that can be printed, and of & < >.
-    description=$(printf '%.512s' "$text" | tr -c ' -~' ' ' | tr '&<>' '   ')
+    description=$(printf '%.512s' "$summary" | tr -c ' -~' ' ' | tr '&<>' '   ')
     value="<Details>\
 <SubStatus>ProvisioningFailed</SubStatus>\
 <Description>$description</Description>\
@@ -1090,15 +1112,18 @@ is_vm_id() {
 }
 
 # read_file FILE: sets $text to the text of a file without line feeds at its end, '' if there is no
-# such file. Can fail, also if it is no text.
+# such file. Can fail, also if there is a NUL byte or INVALID in it.
 read_file() {
     text=''
     if [ ! -e "$1" ] && [ ! -L "$1" ]; then
-        return
+        return 0
     fi
-    [ -f "$1" ] || fail "cannot read $1" || return # opening a FIFO would take for ever
-    # The shell would drop a NUL byte: tr makes it INVALID.
-    { text=$(tr '\000' "$INVALID" <"$1"); } 2>/dev/null || fail "cannot read $1" || return
+    if [ -f "$1" ]; then # opening a FIFO would take for ever
+        # The shell would drop a NUL byte: tr makes it INVALID.
+        { text=$(tr '\000' "$INVALID" <"$1") || text=$INVALID; } 2>/dev/null
+    else
+        text=$INVALID
+    fi
     case $text in
     *"$INVALID"*) fail "cannot read $1" ;;
     esac
@@ -1125,8 +1150,8 @@ create_user() {
     if [ -z "$account" ]; then
         add_account "$name" || return
         if [ -n "$DRY_RUN" ]; then # there is no account, and so no home to look at
-            grant_root "$name"
-            return
+            grant_root "$name" || return
+            return 0
         fi
         find_account "$name" || return
     fi
@@ -1146,8 +1171,8 @@ create_user() {
     grant_root "$name"
 }
 
-# is_user_name TEXT: whether it is a user name with a small letter. To sudo, ALL is everybody, not a
-# name.
+# is_user_name TEXT: whether it is a user name with a small letter. In a rule of sudo, ALL is
+# everybody.
 is_user_name() {
     case $1 in
     '' | root | *[!A-Za-z0-9._-]* | [!A-Za-z_]*) return 1 ;;
@@ -1163,18 +1188,18 @@ request_keys() {
     # 1. IMDS has the keys.
     request_imds_keys optional || return
     if [ -n "$keys" ]; then
-        return
+        return 0
     fi
     # 2. IMDS says that there is a password: then no key is needed.
     retry user "$ATTEMPTS" optional request_text $leaf || return
     if [ "$value" = false ]; then
-        return
+        return 0
     fi
     # 3. The DVD has the keys, or says that there is a password.
     if has_dvd_drive && retry user "$DVD_ATTEMPTS" required request_dvd && find_keys; then
-        return
+        return 0
     fi
-    # 4. IMDS may have been starting. It is asked again, and has to have a key now.
+    # 4. IMDS may have been starting, unless it had a text. Now it has to have a key.
     if [ -z "$has_key_text" ]; then
         request_imds_keys required || keys=''
     fi
@@ -1184,7 +1209,7 @@ request_keys() {
 # request_imds_keys required|optional: sets $keys to the valid SSH keys of IMDS, and $has_key_text
 # if it has any text as a key, valid or not; can fail
 #
-# optional: IMDS may have no list of keys, and empty keys. If not, both are tried again.
+# optional: IMDS may have no list of keys, and empty keys. Otherwise, that is a failed attempt.
 request_imds_keys() {
     local names name number=0 request=request_text IFS=' '
     keys=''
@@ -1215,21 +1240,21 @@ find_keys() {
     for each in $found; do
         case $each in
         "$OVF_PATH/SSH/PublicKeys/PublicKey/Value>"*)
-            decode_entities "${each#*>}" || value=''
+            decode_entities "${each#*>}"
             pick_keys $number "$value"
             number=$((number + 1))
             ;;
         esac
     done
-    find_passwords_disabled
+    find_password_setting
     if [ -z "$keys" ] && [ "$value" != false ]; then
         fail "$NO_LOGIN_REASON"
     fi
 }
 
-# find_passwords_disabled: sets $value to what the DVD says about passwords for SSH: true, false, or
-# something else
-find_passwords_disabled() {
+# find_password_setting: sets $value to true if the DVD forbids passwords for SSH, to false if it
+# allows them
+find_password_setting() {
     find_squeezed "$OVF_PATH/DisableSshPasswordAuthentication"
     case $value in
     [Tt][Rr][Uu][Ee]) value=true ;;
@@ -1242,7 +1267,7 @@ find_passwords_disabled() {
 pick_keys() {
     local key IFS="$NEWLINE"
     split_keys "$2"
-    for key in ${value:-$INVALID}; do # without a key, there is one that is not valid
+    for key in ${value:-$INVALID}; do # without a key, say once that it is not valid
         squeeze "$key"
         if is_ssh_key "$value"; then
             say "SSH key: ${value%% *}"
@@ -1257,12 +1282,12 @@ pick_keys() {
 #
 # Azure may break a key into lines, and a user may give several keys. So a line is a part of the key
 # before it, unless it begins with a type, or with options and a type:
-#     ssh-rsa AAAA…
-#     no-pty ssh-rsa AAAA…
+#     ssh-rsa AAAA...
+#     no-pty ssh-rsa AAAA...
 # A key with options is refused later.
 split_keys() {
     local each split='' IFS
-    IFS=$(printf '\r')$NEWLINE
+    IFS=$(printf '\r')$NEWLINE # split into lines
     for each in $1; do
         squeeze "$each"
         case $value in
@@ -1281,7 +1306,7 @@ split_keys() {
 is_ssh_key() {
     local blob="${1#* }"
     blob=${blob%% *}
-    case $1 in # TYPE BASE64. What the base64 encodes begins with the type again.
+    case $1 in # TYPE BASE64. The base64 begins with the type, too, encoded.
     'ssh-rsa AAAAB3Nz'*) ;;
     'ssh-ed25519 AAAAC3Nz'*) ;;
     'ecdsa-sha2-nistp256 AAAAE2Vj'*) ;;
@@ -1299,8 +1324,10 @@ is_ssh_key() {
 
 # has_control_character TEXT: whether it has a control character in it
 has_control_character() {
+    local control_characters
+    control_characters=$(printf '\001-\037\177') # a range, as a-z is one; and one more
     case $1 in
-    *[$(printf '\001-\037\177')]*) ;; # the '-' makes it a range, as in a-z
+    *[$control_characters]*) ;;
     *) return 1 ;;
     esac
 }
@@ -1315,7 +1342,7 @@ find_account() {
     account=''
     find_line /etc/passwd "$name" || return
     if [ -z "$line" ]; then
-        return
+        return 0
     fi
     # shellcheck disable=SC2086 # split into fields
     set -- $line
@@ -1332,7 +1359,7 @@ find_account() {
         set -- $line
         password_field=${2-}
     elif [ -e /etc/shadow ]; then
-        password_field='!' # useradd was interrupted: no line there is the same as a locked one
+        password_field='!' # useradd was interrupted: without a line, the account is locked
     fi
     account=$name
 }
@@ -1347,14 +1374,14 @@ find_line() {
         case $each in
         "$2:"*)
             line=$each
-            return
+            return 0
             ;;
         esac
     done
 }
 
-# add_account NAME: make the user, in the group of the same name, if there is one; otherwise that is
-# made, too. The caller looks in /etc/passwd whether it worked. Fails if /etc/group cannot be read.
+# add_account NAME: make the user, in the group of the same name, if there is one. The caller finds
+# out in /etc/passwd if it worked. Fails if /etc/group cannot be read.
 add_account() {
     local name="$1" shell=/bin/sh group=''
     if [ -x /bin/bash ]; then
@@ -1364,10 +1391,10 @@ add_account() {
     if [ -n "$line" ]; then
         group=$name
     fi
-    # ${group:+…} is nothing without a group.
-    run useradd -m -s $shell ${group:+-g "$group"} "$name" ||
-        run adduser -D -s $shell ${group:+-G "$group"} "$name" || # BusyBox's
-        return 0
+    # ${group:+...} is nothing without a group.
+    if ! run useradd -m -s $shell ${group:+-g "$group"} "$name"; then
+        run adduser -D -s $shell ${group:+-G "$group"} "$name" || return 0 # BusyBox's
+    fi
 }
 
 # is_system_account LOGIN_DEFS: whether the $account is not for people: its $uid is below UID_MIN in
@@ -1390,13 +1417,14 @@ is_system_account() {
 # unlock_account: unlock the $account: without PAM, sshd refuses the keys of one that is locked. Can
 # fail.
 #
-# '!…' in the $password_field locks an account. '*' does not, though no password fits it.
+# A '!' in front of the $password_field locks an account. A '*' there does not, and fits no
+# password.
 unlock_account() {
     case $password_field in
     '!'*)
-        say "$account:*" | run chpasswd -e ||
-            run usermod -p '*' "$account" ||
+        if ! say "$account:*" | run chpasswd -e && ! run usermod -p '*' "$account"; then
             fail "neither chpasswd nor usermod unlocked $account"
+        fi
         ;;
     esac
 }
@@ -1409,7 +1437,7 @@ authorize_keys() {
     path=$value
     folder=${path%/*}
     for each in "$folder" "$path"; do
-        if [ -L "$each" ]; then # root would write wherever the user has it point
+        if [ -L "$each" ]; then # root would write where the user has it lead
             fail "$each: a symlink is in the way" || return
         fi
     done
@@ -1428,8 +1456,8 @@ authorize_keys() {
         blob=${blob%% *}
         type_and_blob="${key%% *} $blob" # without the comment
         case $NEWLINE$lines in
-        *"$NEWLINE$type_and_blob "*) ;;
-        *"$NEWLINE$type_and_blob$NEWLINE"*) ;;
+        *"$NEWLINE$type_and_blob "*) ;;        # it is there, with a comment
+        *"$NEWLINE$type_and_blob$NEWLINE"*) ;; # or without one
         *) lines=$lines$key$NEWLINE ;;
         esac
     done
@@ -1450,11 +1478,11 @@ find_keys_file() {
         'authorizedkeysfile '*) patterns=${each#* } ;;
         esac
     done
-    IFS=' '
+    IFS=' ' # split into words
     for each in $patterns; do
         if expand_pattern "$each"; then
             if [ "$value" = "$default" ]; then
-                return
+                return 0
             fi
             first=${first:-$value}
         fi
@@ -1513,28 +1541,28 @@ is_in_home() {
 make_keys_folder() {
     local folder="$1" each="$1"
     make_home || return
-    make_public_folder "$folder" || return
+    make_readable_folder "$folder" || return
     if is_in_home "$folder"; then
         while is_in_home "$each"; do # for ~/.ssh/keys: that, and ~/.ssh
-            run_to_make "$folder" chown -h "$uid:$gid" "$each" || return
+            run_or_fail "$folder" chown -h "$uid:$gid" "$each" || return
             each=${each%/*}
         done
-        run_to_make "$folder" chmod 700 "$folder" || return
-        run_to_make "$folder" chmod u+rwx,go-w "$home"
+        run_or_fail "$folder" chmod 700 "$folder" || return
+        run_or_fail "$folder" chmod u+rwx,go-w "$home"
     fi
 }
 
 # make_home: make the $home, unless it is there and the user's; can fail
 #
-# If it is root's, useradd was interrupted: finish its work. If it is somebody else's, fail: the
-# keys in it are theirs, too.
+# If it is root's, useradd was interrupted: finish its work. If it is somebody else's, so are the
+# keys in it: fail.
 make_home() {
     local owner_of_home
     if [ -d "$home" ]; then
         find_owner "$home"
         owner_of_home=$value
         if [ "$owner_of_home" = "$uid" ]; then
-            return
+            return 0
         fi
         resolve_symlink "$home"
         case $owner_of_home:$value in
@@ -1542,12 +1570,12 @@ make_home() {
         *) fail "$home: belongs to another user" || return ;;
         esac
     else
-        make_public_folder "$home" || return
+        make_readable_folder "$home" || return
     fi
     if [ -d /etc/skel ]; then
-        run_to_make "$home" cp -R -p /etc/skel/. "$home" || return
+        run_or_fail "$home" cp -R -p /etc/skel/. "$home" || return
     fi
-    run_to_make "$home" chown -R -h "$uid:$gid" "$home" || return
+    run_or_fail "$home" chown -R -h "$uid:$gid" "$home" || return
     restore_labels user "$home"
 }
 
@@ -1561,18 +1589,18 @@ find_owner() {
     value=${3-}
 }
 
-# make_public_folder FOLDER: make it, and those above it, so that everybody may list and enter them;
-# can fail
-make_public_folder() {
+# make_readable_folder FOLDER: make it, and those above it, so that everybody may list and enter
+# them; can fail
+make_readable_folder() {
     (
         umask 022
         run mkdir -p "$1"
     ) || fail "cannot make $1"
 }
 
-# run_to_make PATH COMMAND [ARGUMENT]...: run a command, one of those that make the path as it
+# run_or_fail PATH COMMAND [ARGUMENT]...: run a command, one of those that make the path as it
 # should be; can fail
-run_to_make() {
+run_or_fail() {
     local path="$1"
     shift
     run "$@" || fail "cannot make $path"
@@ -1605,13 +1633,13 @@ join_groups() {
 # the user can log in.
 grant_root() {
     local rule="$1 ALL=(ALL:ALL) NOPASSWD:ALL" path=/etc/doas.conf mode=440 rules
-    # With sudo and doas, the last rule that fits counts: that in a file whose name begins with zz.
+    # With sudo and doas, the last rule that fits counts. So the names of our files begin with zz.
     if say "$rule" | run visudo -q -c -f /dev/stdin; then
         write_file /etc/sudoers.d/zz-azure-provisioning 440 '' printf '%s\n' "$rule" || return
         restore_labels user /etc/sudoers.d/zz-azure-provisioning
         remove_former /etc/sudoers.d/azure-provisioning || return
         check_sudo "$1"
-        return
+        return 0
     fi
     if [ -d /etc/doas.d ]; then
         path=/etc/doas.d/zz-azure-provisioning.conf
@@ -1627,8 +1655,8 @@ grant_root() {
         fi
         write_file "$path" "$mode" '' printf '%s\n' "$rules" || return
         restore_labels user "$path"
-        remove_former /etc/doas.d/azure-provisioning.conf
-        return
+        remove_former /etc/doas.d/azure-provisioning.conf || return
+        return 0
     fi
     complain "user: neither sudo nor doas takes a rule for $1"
 }
@@ -1645,7 +1673,7 @@ remove_former() {
 # ours
 check_sudo() {
     if [ -n "$DRY_RUN" ]; then
-        return
+        return 0
     fi
     read_output sudo -n -l -U "$1"
     case $value in
@@ -1667,9 +1695,7 @@ add_last_line() {
 
 DVD_FOLDER=/run/azure-provisioning/dvd
 OVF_FILE=$DVD_FOLDER/ovf-env.xml
-DVD_ATTEMPTS=30        # the drive, or the medium in it, may come late
-ATTEMPTS_BEFORE_DVD=60 # at IMDS, for what is also on the DVD: five minutes
-DATA_LIMIT=122880      # bytes of ovf-env.xml or user data, at most: enough for 64 KiB in base64
+DATA_LIMIT=122880 # bytes of ovf-env.xml or user data, at most: enough for 64 KiB in base64
 OVF_PATH=ProvisioningSection/LinuxProvisioningConfigurationSet
 
 # request_dvd: read ovf-env.xml on the DVD, for find_text: one attempt for retry; can fail
@@ -1693,12 +1719,50 @@ request_dvd() {
     read_xml Environment "$paths" || fail 'ovf-env.xml: not an OVF environment'
 }
 
+# decode_entities TEXT: sets $value to a text of read_xml with the entities decoded, such as &amp;
+# and &#13; and &#xD;. It is INVALID if there is an '&' of anything else.
+decode_entities() {
+    local rest="$1" character
+    value=''
+    while [ "${rest%%'&'*}" != "$rest" ]; do # there is an '&' in it
+        value=$value${rest%%'&'*}
+        rest=${rest#*'&'}
+        find_character "${rest%%;*}" || character=$INVALID
+        value=$value$character
+        rest=${rest#*;}
+    done
+    value=$value$rest
+}
+
+# find_character ENTITY: sets its caller's $character to what an entity stands for: amp, or #38, or
+# #x26. Returns 1 if that is not ASCII, or a NUL byte.
+find_character() {
+    local code=''
+    case $1 in
+    amp) character='&' ;;
+    lt) character='<' ;;
+    gt) character='>' ;;
+    quot) character='"' ;;
+    apos) character="'" ;;
+    '#x0' | '#x00') return 1 ;;
+    '#x'[0-9A-Fa-f] | '#x'[0-7][0-9A-Fa-f]) code=$((0x${1#'#x'})) ;;
+    '#'[1-9] | '#'[1-9][0-9] | '#1'[01][0-9] | '#12'[0-7]) code=${1#'#'} ;;
+    *) return 1 ;;
+    esac
+    if [ -n "$code" ]; then
+        code=$(printf %o "$code")
+        character=$(printf %b "\\0$code.") # the '.' keeps a line feed
+        character=${character%.}
+    fi
+}
+
 # may_be_utf_8: whether the $body can be UTF-8: it is ASCII alone, or names no other encoding. It
 # would name one in its declaration: <?xml version="1.0" encoding="UTF-16"?>
 may_be_utf_8() {
-    local declaration
+    local ascii declaration
+    ascii=$(printf '\001-\177') # a range, as a-z is one
     case $body in
-    *[!$(printf '\001-\177')]*) ;; # the '-' makes it a range, as in a-z
+    *[!$ascii]*) ;;
     *) return 0 ;;
     esac
     case $body in
@@ -1712,17 +1776,13 @@ may_be_utf_8() {
     esac
 }
 
-# mount_dvd: mount the DVD where only root can see it, unless it is mounted: an umount may have
+# mount_dvd: mount the DVD where only root can see it, unless it still is, after an umount that
 # failed. Can fail.
 mount_dvd() {
-    local is_folder=''
-    if mkdir -p "$DVD_FOLDER"; then
-        is_folder=yes
-    fi
     if [ -e "$OVF_FILE" ]; then
-        return
+        return 0
     fi
-    if [ -z "$is_folder" ] || ! has_dvd_drive ||
+    if ! mkdir -p "$DVD_FOLDER" || ! has_dvd_drive ||
         ! mount -t udf,iso9660 -o ro,nosuid,nodev,noexec /dev/sr0 "$DVD_FOLDER"; then
         fail 'ovf-env.xml: no DVD'
     fi
@@ -1734,7 +1794,7 @@ SSHD_CONFIG=/etc/ssh/sshd_config
 SSHD_DEFAULT=/usr/etc/ssh/sshd_config # of openSUSE; counts if there is none in /etc
 SSHD_DROP_INS='/etc/ssh/sshd_config.d/*.conf'
 OUR_DROP_IN=/etc/ssh/sshd_config.d/00-azure-provisioning.conf
-# Each of them can let in with a password. Since OpenSSH 8.7, the last two are one setting.
+# Each of them can allow passwords. Since OpenSSH 8.7, the last two are one setting.
 SSHD_KEYWORDS='PasswordAuthentication ChallengeResponseAuthentication KbdInteractiveAuthentication'
 
 # set_password: set the password of the admin user, and have sshd take passwords or not; can fail
@@ -1746,17 +1806,17 @@ set_password() {
     name=$value
     is_user_name "$name" || fail 'no valid user name' || return
     find_text "$OVF_PATH/UserPassword"
-    decode_entities "$value" || fail 'no valid password' || return
+    decode_entities "$value"
     password=$value
     if has_control_character "$password" || [ "${#password}" -gt 72 ]; then # bytes; Azure's limit
         fail 'no valid password' || return
     fi
-    if [ -n "$password" ] && [ "$password" != REDACTED ]; then # cloud-init's copy has the latter
+    if [ -n "$password" ] && [ "$password" != REDACTED ]; then # so it is in cloud-init's copy
         store_password "$name" "$password" || return
         say_done 'Password set'
         is_given=yes
     fi
-    find_passwords_disabled
+    find_password_setting
     if [ "$value" = true ]; then
         configure_sshd "$name" no
     elif [ "$value" = false ] || [ -n "$is_given" ]; then
@@ -1764,31 +1824,10 @@ set_password() {
     fi
 }
 
-# decode_entities TEXT: sets $value to the text with the five entities of XML decoded. Returns 1 if
-# there is an '&' of anything else.
-decode_entities() {
-    local rest="$1"
-    value=''
-    while [ "${rest%%'&'*}" != "$rest" ]; do # there is an '&' in it
-        value=$value${rest%%'&'*}
-        rest=${rest#*'&'}
-        case $rest in
-        'amp;'*) value="$value&" ;;
-        'lt;'*) value="$value<" ;;
-        'gt;'*) value="$value>" ;;
-        'quot;'*) value="$value\"" ;;
-        'apos;'*) value="$value'" ;;
-        *) return 1 ;;
-        esac
-        rest=${rest#*;}
-    done
-    value=$value$rest
-}
-
-# print_line LINE: print a line that may be secret. The arguments of a program can be seen by all,
-# so that it has to be a command of the shell itself: printf, or print in mksh.
+# print_line LINE: print a line that may be secret. All users can see the arguments of a program. So
+# this takes a command of the shell itself: printf, or print in mksh.
 print_line() {
-    if [ "$(command -v printf)" = printf ]; then
+    if [ "$(command -v printf)" = printf ]; then # not the path of a program
         printf '%s\n' "$1"
     else
         # shellcheck disable=SC2039,SC3045 # only mksh comes here
@@ -1796,8 +1835,8 @@ print_line() {
     fi 2>/dev/null # the reader may be gone
 }
 
-# store_password NAME PASSWORD: set the password of a user. Fails if chpasswd does; PAM may forbid
-# it.
+# store_password NAME PASSWORD: set the password of a user. Fails if chpasswd fails, as where PAM
+# refuses it.
 store_password() {
     local hash
     print_line "$1:$2" | run chpasswd || fail 'chpasswd failed' || return
@@ -1808,10 +1847,12 @@ store_password() {
     hash=${line#*:} # the second field
     hash=${hash%%:*}
     # The old hash of BusyBox uses only eight characters of the password.
-    case ${#hash}:$hash in
-    *'$'*) ;; # not the old one
-    13:*) print_line "$1:$2" | run chpasswd -c SHA512 || fail 'chpasswd failed' ;;
+    case $hash in
+    *'$'*) return 0 ;; # not the old one
     esac
+    if [ "${#hash}" -eq 13 ]; then
+        print_line "$1:$2" | run chpasswd -c SHA512 || fail 'chpasswd failed'
+    fi
 }
 
 # configure_sshd NAME yes|no: have sshd take passwords, or not, by all of the SSHD_KEYWORDS; can
@@ -1828,7 +1869,7 @@ configure_sshd() {
         if [ "$2" = no ] && has_command dropbear; then
             complain 'password: dropbear still accepts passwords'
         fi
-        return
+        return 0
     fi
     for keyword in $SSHD_KEYWORDS; do
         our_lines="$our_lines$keyword $2$NEWLINE"
@@ -1840,7 +1881,7 @@ configure_sshd() {
     elif [ "$config" = "$SSHD_DEFAULT" ]; then # it belongs to the distribution: not to be changed
         fail "$SSHD_DEFAULT: no Include $SSHD_DROP_INS at the top" || return
     else
-        drop_first_lines
+        drop_our_lines
         resolve_symlink "$SSHD_CONFIG"
         path=$value
         if [ -n "$text" ]; then
@@ -1862,8 +1903,8 @@ includes_drop_ins() {
         case $value in
         '' | '#'*) ;;
         [Ii][Nn][Cc][Ll][Uu][Dd][Ee]' '*)
-            has_word "$SSHD_DROP_INS" "$value"
-            return
+            has_word "$SSHD_DROP_INS" "$value" || return 1
+            return 0
             ;;
         *)
             return 1
@@ -1873,8 +1914,8 @@ includes_drop_ins() {
     return 1
 }
 
-# drop_first_lines: take our lines of an earlier run from the top of the $text
-drop_first_lines() {
+# drop_our_lines: take our lines of an earlier run from the top of the $text
+drop_our_lines() {
     local first
     while :; do
         first=${text%%"$NEWLINE"*}
@@ -1892,12 +1933,12 @@ drop_first_lines() {
 # Other lines may count more than ours: those in a Match, or in a file that sshd reads before.
 check_sshd() {
     if [ -n "$DRY_RUN" ] || ! has_command sshd; then
-        return
+        return 0
     fi
     ask_sshd "$1"
     if [ -z "$value" ]; then
         complain 'password: sshd does not tell what it does' # see ask_sshd
-        return
+        return 0
     fi
     if [ "$2" = yes ] && has_line 'passwordauthentication no' "$value"; then
         fail "sshd still refuses passwords from $1" || return
@@ -1937,15 +1978,15 @@ reload_sshd() {
 
 STATE_FOLDER=/var/lib/azure-provisioning
 
-# save_data: save the user data of IMDS, and the custom data of the DVD, if that can be read; can
-# fail
+# save_data: save the user data of IMDS; and the custom data, if there is a DVD. Can fail.
 save_data() {
     say 'Retrieving user data from IMDS'
     retry data "$ATTEMPTS" optional request_leaf userData "$DATA_LIMIT" || return
     save_decoded userData "$STATE_FOLDER/user-data" "$value" || return
     say 'Retrieving custom data from the DVD'
-    if retry data "$DVD_ATTEMPTS" required request_dvd; then
+    if retry data "$DVD_ATTEMPTS" required request_dvd; then # a VM may be without a DVD
         find_text "$OVF_PATH/CustomData"
+        decode_entities "$value"
         save_decoded customData "$STATE_FOLDER/custom-data" "$value"
     fi
 }
@@ -1964,7 +2005,7 @@ save_decoded() {
     fi
 }
 
-# remove_white_space TEXT: sets $value to the text without any
+# remove_white_space TEXT: sets $value to the text without white space
 remove_white_space() {
     local IFS="$WHITE_SPACE"
     # shellcheck disable=SC2086 # split into words
@@ -2022,7 +2063,7 @@ find_interface() {
     while read -r name destination _ _ _ _ _ mask _; do
         if [ "$destination" = 00000000 ] && [ "$mask" = 00000000 ]; then
             interface=$name
-            return
+            return 0
         fi
     done 2>/dev/null </proc/self/net/route
 }
@@ -2033,37 +2074,37 @@ find_client() {
     networkd_lease
     if [ -f "$value" ]; then
         client=networkctl
-        return
+        return 0
     fi
     read_output nmcli -g DHCP4.OPTION device show "$interface"
     if [ -n "$value" ]; then
         client=nmcli
-        return
+        return 0
     fi
     dhcpcd_lease
     if [ -f "$DHCPCD_PID" ] && [ -f "$value" ]; then
         client=dhcpcd
-        return
+        return 0
     fi
     for client in dhclient udhcpc; do
         find_process "$client"
         if [ -n "$value" ]; then
-            return
+            return 0
         fi
     done
     client=''
 }
 
-DHCPCD_PID=/run/dhcpcd/pid # of a dhcpcd for all interfaces; one for a single one ignores -h
+DHCPCD_PID=/run/dhcpcd/pid # of a dhcpcd for all interfaces; that for a single one ignores -h
 
-# dhcpcd_lease: sets $value to the path of dhcpcd's lease for $interface, which does not go when
+# dhcpcd_lease: sets $value to the path of dhcpcd's lease for $interface, a file that stays when
 # dhcpcd ends
 dhcpcd_lease() {
     value=/var/lib/dhcpcd/$interface.lease
 }
 
-# networkd_lease: sets $value to the path of systemd-networkd's lease for $interface, which goes
-# when systemd-networkd ends
+# networkd_lease: sets $value to the path of systemd-networkd's lease for $interface, a file that
+# goes when systemd-networkd ends
 networkd_lease() {
     read_output cat "/sys/class/net/$interface/ifindex"
     value=/run/systemd/netif/leases/$value
@@ -2078,9 +2119,9 @@ find_process() {
 }
 
 # tell_server: have $client tell its server the hostname, its caller's $name; returns whether the
-# server has heard it
+# server knows it
 #
-# NetworkManager does not show that; for nmcli, returns whether it has been asked to tell it.
+# NetworkManager does not show that; for nmcli, returns whether it took the command.
 tell_server() {
     case $client in
     networkctl) # networkd takes the hostname from the kernel
@@ -2098,8 +2139,8 @@ tell_server() {
         run_second_dhclient
         ;;
     udhcpc)
-        # A second one, which asks once and ends, as the running one takes no hostname. Instead of
-        # the script that sets up the interface, it runs /bin/true.
+        # The running udhcpc cannot be given a hostname. So run a second one, which asks once, and
+        # ends. Instead of the script that sets up the interface, it runs /bin/true.
         run udhcpc -n -q -f -i "$interface" -x "hostname:$name" -s /bin/true
         ;;
     esac
@@ -2110,26 +2151,26 @@ tell_server() {
 renew_lease() {
     local lease="$1" old waited=0
     shift
-    read_stamp "$lease"
+    read_file_version "$lease"
     old=$value
     run "$@" || return
     if [ -n "$DRY_RUN" ]; then
-        return
+        return 0
     fi
-    read_stamp "$lease"
-    while [ -z "$value" ] || [ "$value" = "$old" ]; do # it is removed, or not written again yet
+    read_file_version "$lease"
+    while [ -z "$value" ] || [ "$value" = "$old" ]; do # it is gone, or not written again yet
         if [ $waited = 5 ]; then
             return 1
         fi
         sleep 1
         waited=$((waited + 1))
-        read_stamp "$lease"
+        read_file_version "$lease"
     done
 }
 
-# read_stamp FILE: sets $value to a text that changes when the file is written again, '' if there is
-# no file
-read_stamp() {
+# read_file_version FILE: sets $value to a text that changes when the file is written again, '' if
+# there is no file
+read_file_version() {
     read_output ls -l -i --full-time "$1"
 }
 
@@ -2164,7 +2205,7 @@ run_second_dhclient() {
     done
     set -- "$@" -q -sf /bin/true -pf "$pid_file" -lf "$second_leases"
     if write_file "$second_leases" 600 '' printf '%s\n' "$identity"; then
-        # With -1 it asks, and goes on in the background. With -x it is ended.
+        # With -1 it asks, and goes on in the background. The one with -x ends it.
         if run dhclient "$@" -1 && run dhclient "$@" -x; then
             is_told=yes
         fi
@@ -2180,7 +2221,7 @@ find_value() {
     for word in $2; do
         if [ "$previous" = "$1" ]; then
             value=$word
-            return
+            return 0
         fi
         previous=$word
     done
@@ -2215,8 +2256,8 @@ is_remembered() {
 
 # swap_bytes ID: sets $value to an id with the bytes of its first three groups in the other order.
 #
-# 00112233-4455-6677-… becomes 33221100-5544-7766-…, and the other way round. Firmware shows the id
-# of a VM in one order or the other. An update may change it.
+# 00112233-4455-6677-... becomes 33221100-5544-7766-..., and the other way round. Firmware shows the
+# id of a VM in one order or the other. An update may change it.
 swap_bytes() {
     value=$(printf '%s\n' "$1" | sed \
         's/^\(..\)\(..\)\(..\)\(..\)-\(..\)\(..\)-\(..\)\(..\)-/\4\3\2\1-\6\5-\8\7-/')

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Check what no formatter or linter does: python3 tests/checks/style.py SCRIPT...
 
-No function has over 40 lines, no line over 100 columns but the usage's, which have 80. There is one
-statement a line. Python: an expression is no statement, unless it is a call. Shell: no condition
-acts, see check_list. Prints what is wrong, a line each. Exit status: 0 nothing, 1.
+All is ASCII, as some shells read nothing else in the locale C. No function has over 40 lines, no
+line over 100 columns but the usage's, which have 80. There is one statement a line. Python: an
+expression is no statement, unless it is a call. Shell: no condition acts, see check_list. Prints
+what is wrong, a line each. Exit status: 0 nothing, 1.
 """
 
 import ast
@@ -17,13 +18,15 @@ LONGEST_LINE = 100  # columns
 LONGEST_LINE_OF_USAGE = 80
 
 
-def check_lengths(source):
-    """Yield each line that is too long: its number, and what is wrong."""
+def check_lines(source):
+    """Yield each line that is too long, or not ASCII: its number, and what is wrong."""
     usage = usage_lines(source)
     for number, line in enumerate(source.split('\n'), 1):
         longest = LONGEST_LINE_OF_USAGE if number in usage else LONGEST_LINE
         if len(line) > longest:
             yield number, f'{len(line)} columns'
+        if not re.fullmatch('[ -~]*', line):
+            yield number, 'what is not ASCII'
 
 
 def usage_lines(source):
@@ -138,7 +141,7 @@ def main():
         with open(name, encoding='utf-8') as file:
             source = file.read()
         check = check_python if name.endswith('.py') else check_shell
-        for number, message in sorted([*check_lengths(source), *check(source)]):
+        for number, message in sorted([*check_lines(source), *check(source)]):
             print(f'{name}:{number}: {message}')
             wrong = True
     sys.exit(1 if wrong else 0)

@@ -1825,13 +1825,13 @@ set_password() {
 }
 
 # print_line LINE: print a line that may be secret. All users can see the arguments of a program. So
-# this takes a command of the shell itself: printf, or print in mksh.
+# this takes a command of the shell itself: print, if there is one, as in mksh; or else printf.
 print_line() {
-    if [ "$(command -v printf)" = printf ]; then # not the path of a program
-        printf '%s\n' "$1"
-    else
-        # shellcheck disable=SC2039,SC3045 # only mksh comes here
+    if [ "$(command -v print)" = print ]; then # not the path of a program
+        # shellcheck disable=SC2039,SC3045 # print is there
         print -r -- "$1"
+    else
+        printf '%s\n' "$1"
     fi 2>/dev/null # the reader may be gone
 }
 
@@ -2071,6 +2071,8 @@ find_interface() {
 # find_client: sets $client to the command of the DHCP client that has $interface, '' if no known
 # one has it
 find_client() {
+    local each
+    client=''
     networkd_lease
     if [ -f "$value" ]; then
         client=networkctl
@@ -2086,13 +2088,13 @@ find_client() {
         client=dhcpcd
         return 0
     fi
-    for client in dhclient udhcpc; do
-        find_process "$client"
+    for each in dhclient udhcpc; do
+        find_process "$each"
         if [ -n "$value" ]; then
+            client=$each
             return 0
         fi
     done
-    client=''
 }
 
 DHCPCD_PID=/run/dhcpcd/pid # of a dhcpcd for all interfaces; that for a single one ignores -h

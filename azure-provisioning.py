@@ -74,7 +74,7 @@ settings = types.SimpleNamespace(
     attempts=240,
     interval=5,  # seconds
     timeout=30,  # seconds
-    groups='',
+    extra_groups='',
     dry_run=False,
 )
 
@@ -198,7 +198,7 @@ def read_settings():
     settings.attempts = read_number('AZURE_PROVISIONING_ATTEMPTS', settings.attempts, 1)
     settings.interval = read_number('AZURE_PROVISIONING_INTERVAL', settings.interval, 0)
     settings.timeout = read_number('AZURE_PROVISIONING_TIMEOUT', settings.timeout, 1)
-    settings.groups = read_groups('AZURE_PROVISIONING_GROUPS', settings.groups)
+    settings.extra_groups = read_groups('AZURE_PROVISIONING_GROUPS', settings.extra_groups)
 
 
 def read_url(name, default):
@@ -363,12 +363,12 @@ def replace_file(path, mode, content, owner):
         if owner:
             os.fchown(file.fileno(), *owner)
         os.fchmod(file.fileno(), mode)
-    sync(new)  # before the rename, or a power cut could leave an empty file
+    sync_path(new)  # before the rename, or a power cut could leave an empty file
     os.replace(new, path)
-    sync(os.path.dirname(path))
+    sync_path(os.path.dirname(path))
 
 
-def sync(path):
+def sync_path(path):
     """Have the disk store a file, or the names of the files in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -403,12 +403,14 @@ def exchange(label, url, headers, data=None, limit=BODY_LIMIT):
 
     For a POST, each 2xx is as good as 200.
     """
-    # transfer runs in a thread, so that there is one time limit for all of it. A socket's own limit
-    # starts again with each byte, and the lookup of a host name has none.
+    # do_exchange runs in a thread, so that there is one time limit for all of it. A socket's own
+    # limit starts again with each byte, and the lookup of a host name has none.
     # If the thread still runs then, the problem is still 'timed out', and what it sets later is not
     # used.
     reply = types.SimpleNamespace(status=0, body=b'', problem='timed out', socket=None)
-    thread = threading.Thread(target=transfer, args=(url, headers, data, limit, reply), daemon=True)
+    thread = threading.Thread(
+        target=do_exchange, args=(url, headers, data, limit, reply), daemon=True
+    )
     thread.start()
     thread.join(settings.timeout)
     problem = reply.problem  # first, as the thread sets it last
@@ -433,7 +435,7 @@ def hang_up(connected_socket):
             connected_socket.shutdown(socket.SHUT_RDWR)
 
 
-def transfer(url, headers, data, limit, reply):
+def do_exchange(url, headers, data, limit, reply):
     """Do the work of exchange with http.client, which uses no proxy and follows no redirect.
 
     Set reply.socket when it is connected, reply.status when that has come, reply.body when that has
@@ -655,7 +657,7 @@ def text_of(element):
     if len(element) > 0:
         return INVALID
     text = element.text or ''
-    return text.encode().decode(BYTE_ENCODING)
+    return text.encode().decode(BYTE_ENCODING)  # its bytes in UTF-8, as characters
 
 
 def find_squeezed(root, path):
@@ -710,22 +712,27 @@ def is_hostname(text):
 
 
 def store_hostname(name):
-    """Set the hostname without systemd: in the kernel for this boot, in a file for later ones."""
-    problems = ''
+    """Set the hostname without systemd: in the kernel for this boot, in a file for later ones.
+
+    Raise Failed if one of the two is not set. The reason has all that failed. For example:
+    hostnamectl failed; cannot write /etc/hostname, so web-1 lasts until the next boot
+    """
+    problems = []
     if has_command('hostnamectl'):
-        problems = 'hostnamectl failed; '
+        problems.append('hostnamectl failed')
     is_set = set_kernel_hostname(name)
     if not is_set:
-        problems += "cannot set the kernel's hostname; "
+        problems.append("cannot set the kernel's hostname")
     try:
         write_file('/etc/hostname', 0o644, f'{name}\n'.encode())
     except Failed as failure:
         until = ''
         if is_set:
             until = f', so {name} lasts until the next boot'
-        raise Failed(f'{problems}{failure}{until}') from failure
+        problems.append(f'{failure}{until}')
+        is_set = False
     if not is_set:
-        raise Failed(problems.rstrip('; '))
+        raise Failed('; '.join(problems))
 
 
 def set_kernel_hostname(name):
@@ -739,12 +746,13 @@ def set_kernel_hostname(name):
     return True
 
 
-def request_property(step, leaf, element, optional=False):
+def request_property(step, leaf, dvd_path, optional=False):
     """Return a property that the user gave the VM, squeezed, and the root element of the DVD.
 
-    leaf: the path of the property in IMDS. element: its path on the DVD. If it comes from IMDS, the
-    root is None. The text is '' if IMDS does not have an optional property. Raise Failed after all
-    attempts.
+    leaf: the path of the property in IMDS.
+    dvd_path: its path on the DVD.
+    If it comes from IMDS, the root is None. The text is '' if IMDS does not have an optional
+    property. Raise Failed after all attempts.
 
     Without a DVD drive, there is only the third part.
     """
@@ -760,7 +768,7 @@ def request_property(step, leaf, element, optional=False):
         # 2. Look on the DVD.
         try:
             dvd_root = retry(step, request_dvd, attempts=DVD_ATTEMPTS)
-            text = find_squeezed(dvd_root, f'{OVF_PATH}/{element}')
+            text = find_squeezed(dvd_root, f'{OVF_PATH}/{dvd_path}')
         except Failed:
             text = ''
         if text:
@@ -993,15 +1001,16 @@ def request_imds_keys(optional):
 
     optional: IMDS may have no list of keys, and empty keys. Otherwise, that is a failed attempt.
     """
-    request = request_leaf if optional else request_text
-    names = split_words(retry('user', request, 'publicKeys', optional=optional))
+    request_function = request_leaf if optional else request_text  # which fails if it is empty
+    names = split_words(retry('user', request_function, 'publicKeys', optional=optional))
     keys = []
     has_key_text = False
     for number, name in enumerate(names):  # 0/ 1/ 2/ and so on
         is_next = name in (f'{number}/', str(number))  # with or without its '/'
         if not is_next or number > 99:
             raise Failed('publicKeys: no valid list')
-        text = retry('user', request, f'publicKeys/{number}/keyData', optional=optional)
+        leaf = f'publicKeys/{number}/keyData'
+        text = retry('user', request_function, leaf, optional=optional)
         has_key_text = has_key_text or squeeze(text) != ''
         keys += pick_keys(number, text)
     return keys, has_key_text
@@ -1023,7 +1032,7 @@ def find_password_setting(dvd_root):
     return find_squeezed(dvd_root, f'{OVF_PATH}/DisableSshPasswordAuthentication').lower()
 
 
-def pick_keys(number, text):
+def pick_keys(key_number, text):
     """Return the valid SSH keys in the text with this number; say of each key if it is valid."""
     keys = []
     for key in split_keys(text):
@@ -1031,7 +1040,7 @@ def pick_keys(number, text):
             say(f'SSH key: {key.split()[0]}')
             keys.append(key)
         else:
-            complain(f'user: publicKeys/{number}: no OpenSSH public key')
+            complain(f'user: publicKeys/{key_number}: no OpenSSH public key')
     return keys
 
 
@@ -1052,7 +1061,7 @@ def split_keys(text):
         type_behind_options = ' (ssh|ecdsa|sk)-.* AAAA'
         if not keys or re.search(f'{type_first}|{type_behind_options}', squeeze(line)):
             keys.append('')
-        keys[-1] += line
+        keys[-1] += line  # which goes on with the key
     return [squeeze(key) for key in keys] or ['']  # pick_keys has to say that it is not valid
 
 
@@ -1092,9 +1101,14 @@ def find_account(name):
         name=name,
         password_field=password_field,
         owner=(int(fields[2]), int(fields[3])),
-        home=os.fsdecode(fields[5].encode(BYTE_ENCODING)),  # paths have Python's own encoding
-        shell=os.fsdecode(fields[6].encode(BYTE_ENCODING)),
+        home=to_path(fields[5]),
+        shell=to_path(fields[6]),
     )
+
+
+def to_path(text):
+    """Return a text as a path, for which Python has an encoding of its own."""
+    return os.fsdecode(text.encode(BYTE_ENCODING))
 
 
 def find_fields(path, name):
@@ -1213,8 +1227,8 @@ def ask_sshd(name):
     has since OpenSSH 9.3.
     """
     connection = f'user={name},host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22'
-    told = read_output('sshd', '-T', '-G', '-C', connection)
-    return told or read_output('sshd', '-T', '-C', connection)
+    output = read_output('sshd', '-T', '-G', '-C', connection)
+    return output or read_output('sshd', '-T', '-C', connection)
 
 
 def is_in_home(account, path):
@@ -1248,8 +1262,9 @@ def make_home(account):
         owner_of_home = os.stat(home).st_uid
         if owner_of_home == uid:
             return
-        is_top = not re.match('/.*/.', os.path.realpath(home))  # / or /usr: it has to stay root's
-        if owner_of_home != 0 or is_top:
+        real_home = os.path.realpath(home)
+        is_near_root = re.match('/.*/.', real_home) is None  # / or /usr: it has to stay root's
+        if owner_of_home != 0 or is_near_root:
             raise Failed(f'{home}: belongs to another user')
     else:
         make_readable_folder(home)
@@ -1282,7 +1297,7 @@ def restore_labels(step, path):
 
 def join_groups(name):
     """Add the user to those groups of the settings that are there."""
-    for group in settings.groups.split(','):
+    for group in settings.extra_groups.split(','):
         if group == '':  # the setting is empty
             continue
         if find_fields('/etc/group', group) is None:
@@ -1546,9 +1561,10 @@ def save_decoded(label, path, text):
 def is_base64(text):
     """Whether a text is base64 as an encoder writes it: padded, with all unused bits 0."""
     try:
-        return base64.b64encode(base64.b64decode(text)) == text.encode(BYTE_ENCODING)
+        decoded = base64.b64decode(text)  # also takes what no encoder writes
     except ValueError:
         return False
+    return base64.b64encode(decoded) == text.encode(BYTE_ENCODING)
 
 
 # ---- Step publish ------------------------------------------------------------------------------

@@ -498,8 +498,8 @@ split_reply() {
         problem='reply too large'
         return 0
     fi
-    problem=${rest##*"$NEWLINE"}
-    rest=${rest%"$NEWLINE"*}
+    problem=${rest##*"$NEWLINE"} # the last line
+    rest=${rest%"$NEWLINE"*}     # without it
     size=${rest##*"$NEWLINE"}
     rest=${rest%"$NEWLINE"*}
     status=${rest##*"$NEWLINE"}
@@ -674,8 +674,8 @@ request_goal_state() {
 }
 
 # read_xml ROOT PATHS: read the XML document in $body; returns 1 if it is none, or has another root.
-# Sets $found, for find_text: PATH>TEXT< for each element at one of these paths below the root. The
-# functions below, down to close_element, also set these local variables of read_xml:
+# Sets $found_texts, for find_text: PATH>TEXT< for each element at one of these paths below the
+# root. The functions below, down to close_element, also set these local variables of read_xml:
 # $path         the elements that are open
 # $text         the text of the last one of them, or INVALID if there are elements in it
 # $root_seen    yes, if the root has begun
@@ -684,7 +684,7 @@ request_goal_state() {
 # The document is cut at each '<'. For example, these are the pieces of <a>1<b>2</b><c/></a>, and
 # what the variables are behind each, if PATHS is 'b c'. The text of c is empty:
 #
-#     piece    $path    $text      $found
+#     piece    $path    $text      $found_texts
 #     a>1      /a       1
 #     b>2      /a/b     2
 #     /b>      /a       INVALID    b>2<
@@ -700,7 +700,7 @@ request_goal_state() {
 read_xml() {
     local root="$1" paths="$2" path='' text='' root_seen='' markup_end=''
     local before byte_order_mark piece IFS='<'
-    found=''
+    found_texts=''
     case $body in
     *'<') return 1 ;; # cut off; the loop would not see that there is an empty piece at the end
     esac
@@ -710,7 +710,7 @@ read_xml() {
         is_blank "${before#"$byte_order_mark"}" || return 1
     fi
     for piece in ${body#"$before<"}; do # IFS cuts at each '<'
-        if skip_markup "$piece"; then
+        if is_in_markup "$piece"; then
             text=$INVALID # that of the element around the comment
         else
             read_piece "$piece" || return 1
@@ -719,10 +719,10 @@ read_xml() {
     [ -n "$root_seen" ] && [ -z "$path" ] && [ -z "$markup_end" ] # nothing is open
 }
 
-# skip_markup PIECE: whether it is in a comment, or in an instruction such as <?xml ... ?>. There, a
-# '<' is a character like others, so that it may have several pieces: sets $markup_end to its end,
+# is_in_markup PIECE: whether it is in a comment, or in an instruction such as <?xml ... ?>. There,
+# a '<' is a character like others, so that it may have several pieces: sets $markup_end to its end,
 # or to '' if that is in this piece.
-skip_markup() {
+is_in_markup() {
     local rest="$1"
     if [ -z "$markup_end" ]; then
         case $1 in
@@ -744,17 +744,17 @@ skip_markup() {
     esac
 }
 
-# read_piece PIECE: read TAG>TEXT; sets $path, $text, $root_seen and $found. Returns 1 if the piece
-# is wrong here. TAG is one of
+# read_piece PIECE: read TAG>TEXT; sets $path, $text, $root_seen and $found_texts. Returns 1 if the
+# piece is wrong here. TAG is one of
 #     NAME [ATTRIBUTE]...        the start of an element
 #     NAME [ATTRIBUTE].../       an empty element
 #     /NAME                      the end of an element
 read_piece() {
-    local tag="${1%%>*}" text_behind name
+    local tag="${1%%>*}" text_after name
     if [ "$tag" = "$1" ] || [ "${#tag}" -gt 1000 ]; then # no '>'; or too long for this shell
         return 1
     fi
-    text_behind=${1#*>}
+    text_after=${1#*>}
     # For example, a:b c="d" becomes a:b, and that becomes b.
     name=${tag#/}
     name=${name%%["$WHITE_SPACE"/]*}
@@ -773,11 +773,11 @@ read_piece() {
         close_element "$name" || return 1
         ;;
     *)
-        open_element "$name" "$text_behind" || return 1
+        open_element "$name" "$text_after" || return 1
         ;;
     esac
     if [ -z "$path" ]; then # the root has ended
-        is_blank "$text_behind" || return 1
+        is_blank "$text_after" || return 1
     fi
 }
 
@@ -813,27 +813,27 @@ open_element() {
     [ "${#path}" -le 5000 ] || return 1 # too deep for this shell
 }
 
-# close_element NAME: go up from an element: sets $path, $text and $found. Returns 1 if another
-# element is open, or none.
+# close_element NAME: go up from an element: sets $path, $text and $found_texts. Returns 1 if
+# another element is open, or none.
 close_element() {
     local path_below_root="${path#"/$root/"}"
     if [ -z "$1" ] || [ "$1" != "${path##*/}" ]; then
         return 1
     fi
     if has_word "$path_below_root" "$paths"; then
-        found="$found$path_below_root>$text<"
-        [ "${#found}" -le 200000 ] || return 1 # too much for this shell
+        found_texts="$found_texts$path_below_root>$text<"
+        [ "${#found_texts}" -le 200000 ] || return 1 # too much for this shell
     fi
     path=${path%/*}
     text=$INVALID # that of the element around it
 }
 
 # find_text PATH: sets $value to the text of the first element at a path below the root, '' if there
-# is none. read_xml was given the path, and has set $found.
+# is none. read_xml was given the path, and has set $found_texts.
 find_text() {
     local each IFS='<'
     value=''
-    for each in $found; do
+    for each in $found_texts; do
         case $each in
         "$1>"*)
             value=${each#*>}
@@ -930,7 +930,8 @@ is_hostname() {
 }
 
 # store_hostname NAME: set the hostname without systemd: in the kernel for this boot, in a file for
-# later ones; can fail
+# later ones. Fails if one of the two is not set. The reason has all that failed. For example:
+#     hostnamectl failed; cannot write /etc/hostname, so web-1 lasts until the next boot
 store_hostname() {
     local name="$1" problems='' until='' is_set=''
     if has_command hostnamectl; then
@@ -961,16 +962,17 @@ set_kernel_hostname() {
     { printf '%s\n' "$1" >/proc/sys/kernel/hostname; } 2>/dev/null
 }
 
-# request_property STEP LEAF ELEMENT required|optional: sets $value to a property that the user gave
-# the VM, squeezed, and $origin to imds or dvd. Can fail, after all attempts.
+# request_property STEP LEAF DVD_PATH required|optional: sets $value to a property that the user
+# gave the VM, squeezed, and $property_origin to imds or dvd. Can fail, after all attempts.
 #
-# LEAF: the path of the property in IMDS. ELEMENT: its path on the DVD. $value is '' if IMDS does
-# not have an optional property.
+# LEAF: the path of the property in IMDS.
+# DVD_PATH: its path on the DVD.
+# $value is '' if IMDS does not have an optional property.
 #
 # Without a DVD drive, there is only the third part.
 request_property() {
-    local step="$1" leaf="$2" element="$3" kind="$4" attempts="$ATTEMPTS_BEFORE_DVD"
-    origin=imds
+    local step="$1" leaf="$2" dvd_path="$3" kind="$4" attempts="$ATTEMPTS_BEFORE_DVD"
+    property_origin=imds
     if has_dvd_drive; then
         # 1. Ask IMDS for some minutes. The IMDS of Azure Stack has no properties.
         if [ "$ATTEMPTS" -lt "$attempts" ]; then
@@ -981,9 +983,9 @@ request_property() {
         fi
         # 2. Look on the DVD.
         if retry "$step" "$DVD_ATTEMPTS" required request_dvd; then
-            find_squeezed "$OVF_PATH/$element"
+            find_squeezed "$OVF_PATH/$dvd_path"
             if [ -n "$value" ]; then
-                origin=dvd
+                property_origin=dvd
                 return 0
             fi
         fi
@@ -1141,7 +1143,7 @@ create_user() {
     name=$value
     is_user_name "$name" || fail 'no valid user name' || return
     say "User: $name"
-    if [ "$origin" = dvd ]; then
+    if [ "$property_origin" = dvd ]; then
         find_keys || return
     else
         request_keys || return
@@ -1211,20 +1213,20 @@ request_keys() {
 #
 # optional: IMDS may have no list of keys, and empty keys. Otherwise, that is a failed attempt.
 request_imds_keys() {
-    local names name number=0 request=request_text IFS=' '
+    local names name number=0 request_function=request_text IFS=' '
     keys=''
     has_key_text=''
     if [ "$1" = optional ]; then
-        request=request_leaf
+        request_function=request_leaf
     fi
-    retry user "$ATTEMPTS" "$1" $request publicKeys || return
+    retry user "$ATTEMPTS" "$1" $request_function publicKeys || return
     squeeze "$value"
     names=$value
     for name in $names; do                                        # 0/ 1/ 2/ and so on
         if [ "${name%/}" != $number ] || [ $number -gt 99 ]; then # with or without its '/'
             fail 'publicKeys: no valid list' || return
         fi
-        retry user "$ATTEMPTS" "$1" $request publicKeys/$number/keyData || return
+        retry user "$ATTEMPTS" "$1" $request_function publicKeys/$number/keyData || return
         if ! is_blank "$value"; then
             has_key_text=yes
         fi
@@ -1237,7 +1239,7 @@ request_imds_keys() {
 find_keys() {
     local each number=0 IFS='<'
     keys=''
-    for each in $found; do
+    for each in $found_texts; do
         case $each in
         "$OVF_PATH/SSH/PublicKeys/PublicKey/Value>"*)
             decode_entities "${each#*>}"
@@ -1344,6 +1346,7 @@ find_account() {
     if [ -z "$line" ]; then
         return 0
     fi
+    # The fields are name, password, UID, GID, comment, home and shell.
     # shellcheck disable=SC2086 # split into fields
     set -- $line
     password_field=${2-}
@@ -1824,9 +1827,9 @@ set_password() {
     fi
 }
 
-# print_line LINE: print a line that may be secret. All users can see the arguments of a program. So
-# this takes a command of the shell itself: print, if there is one, as in mksh; or else printf.
-print_line() {
+# print_secret LINE: print a line that may be secret. All users can see the arguments of a program.
+# So this takes a command of the shell itself: print, if there is one, as in mksh; or else printf.
+print_secret() {
     if [ "$(command -v print)" = print ]; then # not the path of a program
         # shellcheck disable=SC2039,SC3045 # print is there
         print -r -- "$1"
@@ -1839,7 +1842,7 @@ print_line() {
 # refuses it.
 store_password() {
     local hash
-    print_line "$1:$2" | run chpasswd || fail 'chpasswd failed' || return
+    print_secret "$1:$2" | run chpasswd || fail 'chpasswd failed' || return
     find_line /etc/shadow "$1" || return
     if [ -z "$line" ]; then
         find_line /etc/passwd "$1" || return
@@ -1851,7 +1854,7 @@ store_password() {
     *'$'*) return 0 ;; # not the old one
     esac
     if [ "${#hash}" -eq 13 ]; then
-        print_line "$1:$2" | run chpasswd -c SHA512 || fail 'chpasswd failed'
+        print_secret "$1:$2" | run chpasswd -c SHA512 || fail 'chpasswd failed'
     fi
 }
 
@@ -2027,7 +2030,7 @@ is_base64() {
 
 # decode_base64 TEXT: print what it encodes
 decode_base64() {
-    print_line "$1" | base64 -d
+    print_secret "$1" | base64 -d
 }
 
 # ---- Step publish ------------------------------------------------------------------------------

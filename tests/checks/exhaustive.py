@@ -258,7 +258,7 @@ def load_python():
     program = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(program)
     program.say = lambda *_: None
-    program.transfer = program.run = program.run_even_dry = None
+    program.do_exchange = program.run = program.run_even_dry = None
     program.settings.wireserver = program.settings.imds = NOWHERE
     return program
 

@@ -192,7 +192,7 @@ END
 py s/'no valid hostname'/'a new reason'/
 py s/^NO_LOGIN_REASON = .*/NO_LOGIN_REASON = 'a new reason'/
 py s/'; is this a VM on Azure?'/'; a new reason'/
-py s/'hostnamectl failed; '/'a new reason; '/
+py s/'hostnamectl failed'/'a new reason'/
 sh s/'no valid hostname'/'a new reason'/
 sh s/^NO_LOGIN_REASON=.*/NO_LOGIN_REASON='a new reason'/
 sh s/'; is this a VM on Azure?'/'; a new reason'/

@@ -46,6 +46,8 @@ def reasons_of_call(node, constants):
     """Yield the reasons that a call is given."""
     if getattr(node.func, 'id', '') in PYTHON_CALLS:
         yield text_of(node.args[0], constants)
+    elif getattr(node.func, 'attr', '') == 'append' and getattr(node.func.value, 'id', '') in PARTS:
+        yield from split(text_of(node.args[0]))
 
 
 def reasons_of_assignment(node):

@@ -85,9 +85,9 @@ run_state = types.SimpleNamespace(
 
 CONNECT_LIMIT = 3  # seconds to connect, at most; they are part of the timeout
 BODY_LIMIT = 65536  # bytes of a reply's body, at most
-ABSENCES_BELIEVED = 5  # so often IMDS has to reply that it has no such value
+ABSENCES_NEEDED = 5  # replies that it has no such value, before IMDS is believed
 DVD_ATTEMPTS = 30  # at reading the DVD, as the drive, or the medium in it, may come late
-ATTEMPTS_BEFORE_DVD = 60  # at IMDS, for a value that the DVD has, too: five minutes
+ATTEMPTS_BEFORE_DVD = 60  # at IMDS, for a value that the DVD has, too: usually five minutes
 WHITE_SPACE = ' \t\n\r'  # the characters that are white space in XML
 ACCOUNT_NAME = '[A-Za-z_][A-Za-z0-9._-]{0,31}'  # a regular expression, for users and groups
 
@@ -116,7 +116,7 @@ def print_lines(stream, lines):
     text = ''.join(f'{line}\n' for line in lines)
     if stream is not None:  # None: it is closed
         with contextlib.suppress(OSError, UnicodeError):
-            stream.buffer.write(os.fsencode(text))  # a path in it is printed as it is
+            stream.buffer.write(os.fsencode(text))  # ASCII, but for paths
             stream.buffer.flush()
 
 
@@ -159,7 +159,7 @@ def main(arguments):
 
 
 def find_step(name):
-    """Return the function of a step, or None if there is no such step. This table has them all."""
+    """Return the function of a step, or None if there is no such step. All steps are here."""
     return {
         'ready': report_ready,
         'hostname': set_hostname,
@@ -332,8 +332,8 @@ def write_file(path, mode, content, owner=None):
     if settings.dry_run:
         say(f'Would write {path}')
         return
-    # PATH.new is there while another copy of this program writes the file, or because one has ended
-    # early. After two seconds, it is the latter.
+    # PATH.new is there while another copy of this program writes the file. If it still is after two
+    # seconds, that copy has ended early.
     for attempt in (1, 2, 3):
         try:
             if attempt == 3:
@@ -404,16 +404,15 @@ def exchange(label, url, headers, data=None, limit=BODY_LIMIT):
     For a POST, each 2xx is as good as 200.
     """
     # do_exchange runs in a thread, so that there is one time limit for all of it. A socket's own
-    # limit starts again with each byte, and the lookup of a host name has none.
-    # If the thread still runs then, the problem is still 'timed out', and what it sets later is not
-    # used.
+    # limit starts again with each byte, and the lookup of a host name has none. If the thread is
+    # late, the problem stays 'timed out', and what the thread sets later is not used.
     reply = types.SimpleNamespace(status=0, body=b'', problem='timed out', socket=None)
     thread = threading.Thread(
         target=do_exchange, args=(url, headers, data, limit, reply), daemon=True
     )
     thread.start()
     thread.join(settings.timeout)
-    problem = reply.problem  # first, as the thread sets it last
+    problem = reply.problem  # is read first and set last: if it is '', the others are set
     status = reply.status
     body = reply.body
     hang_up(reply.socket)
@@ -441,7 +440,7 @@ def do_exchange(url, headers, data, limit, reply):
     Set reply.socket when it is connected, reply.status when that has come, reply.body when that has
     come, and at last reply.problem, '' if there is none.
     """
-    _, _, host_and_port, path = url.split('/', 3)  # http: '' HOST:PORT PATH
+    _, _, host_and_port, path = url.split('/', 3)  # 'http:', '', HOST:PORT and PATH
     all_headers = {
         **headers,
         'User-Agent': f'azure-provisioning/{VERSION}',
@@ -517,11 +516,11 @@ def retry(step, function, *arguments, optional=False, attempts=None):
     with a status:
     - 404. But that is also its reply to all requests while it starts.
     - 400, if it is too old to know the value.
-    So it is believed after ABSENCES_BELIEVED such replies; or after all attempts, if they are fewer
+    So it is believed after ABSENCES_NEEDED such replies; or after all attempts, if they are fewer
     and each of them has ended so.
     """
     attempts = attempts or settings.attempts
-    absences_believed = min(ABSENCES_BELIEVED, attempts)
+    absences_needed = min(ABSENCES_NEEDED, attempts)
     absences = 0
     last_reason = ''
     for attempt in range(1, attempts + 1):
@@ -529,14 +528,14 @@ def retry(step, function, *arguments, optional=False, attempts=None):
         try:
             return function(*arguments)
         except Failed as error:
-            failure = error  # the name behind "as" goes here
+            failure = error  # as Python deletes that name after this block
         # The same reason is not said each time, or the log would fill up.
         if str(failure) != last_reason or is_power_of_two(attempt):
             complain(f'{step}: attempt {attempt} of {attempts}: {failure}')
         last_reason = str(failure)
         if optional and failure.status in (400, 404):
             absences += 1
-            if absences == absences_believed:
+            if absences == absences_needed:
                 return ''
         if attempt < attempts:
             wait_for(min(attempt, settings.interval), routes_before, failure.no_reply)
@@ -754,7 +753,7 @@ def request_property(step, leaf, dvd_path, optional=False):
     If it comes from IMDS, the root is None. The text is '' if IMDS does not have an optional
     property. Raise Failed after all attempts.
 
-    Without a DVD drive, there is only the third part.
+    Without a DVD drive, it does only 3 below.
     """
     if has_dvd_drive():
         # 1. Ask IMDS for some minutes. The IMDS of Azure Stack has no properties.
@@ -961,7 +960,7 @@ def create_user():
 
 
 def is_user_name(text):
-    """Whether a text is a user name with a small letter. In a rule of sudo, ALL is everybody."""
+    """Whether a text is a user name with a small letter; ALL is everybody in a rule of sudo."""
     return (
         re.fullmatch(ACCOUNT_NAME, text) is not None
         and re.search('[a-z]', text) is not None
@@ -970,7 +969,10 @@ def is_user_name(text):
 
 
 def request_keys():
-    """Return the user's valid SSH keys. Raise Failed if there is neither a key nor a password."""
+    """Return the user's valid SSH keys. Raise Failed if there is neither a key nor a password.
+
+    Raise Failed, too, if IMDS does not reply to 1 or 2, or has no valid list of keys.
+    """
     # 1. IMDS has the keys.
     keys, has_key_text = request_imds_keys(optional=True)
     if keys:
@@ -985,7 +987,7 @@ def request_keys():
             return find_keys(retry('user', request_dvd, attempts=DVD_ATTEMPTS))
         except Failed:
             pass  # go on with 4
-    # 4. IMDS may have been starting, unless it had a text. Now it has to have a key.
+    # 4. If IMDS had no text at all, it may have been starting. Now it has to have a key.
     if not has_key_text:
         try:
             keys, _ = request_imds_keys(optional=False)
@@ -999,9 +1001,11 @@ def request_keys():
 def request_imds_keys(optional):
     """Return the valid SSH keys of IMDS, and whether it has any text as a key, valid or not.
 
-    optional: IMDS may have no list of keys, and empty keys. Otherwise, that is a failed attempt.
+    optional: IMDS may have no list of keys, and empty keys. If not, either is a failed attempt.
     """
-    request_function = request_leaf if optional else request_text  # which fails if it is empty
+    request_function = request_leaf
+    if not optional:
+        request_function = request_text  # fails if the text is empty
     names = split_words(retry('user', request_function, 'publicKeys', optional=optional))
     keys = []
     has_key_text = False
@@ -1022,13 +1026,13 @@ def find_keys(dvd_root):
     elements = dvd_root.findall(f'{OVF_PATH}/SSH/PublicKeys/PublicKey/Value')
     for number, element in enumerate(elements):
         keys += pick_keys(number, text_of(element))
-    if not keys and find_password_setting(dvd_root) != 'false':
+    if not keys and find_password_ban(dvd_root) != 'false':
         raise Failed(NO_LOGIN_REASON)
     return keys
 
 
-def find_password_setting(dvd_root):
-    """Return 'true' if the DVD forbids passwords for SSH, 'false' if it allows them."""
+def find_password_ban(dvd_root):
+    """Return 'true' if the DVD forbids passwords for SSH, 'false' if it allows them, or other."""
     return find_squeezed(dvd_root, f'{OVF_PATH}/DisableSshPasswordAuthentication').lower()
 
 
@@ -1253,8 +1257,8 @@ def make_keys_folder(account, folder):
 def make_home(account):
     """Make the home, unless it is there and the user's.
 
-    If it is root's, useradd was interrupted: finish its work. If it is somebody else's, so are the
-    keys in it: raise Failed.
+    If it is root's, useradd was interrupted: finish its work. If it is somebody else's, raise
+    Failed: the keys in it would be theirs.
     """
     home = account.home
     uid, gid = account.owner
@@ -1263,8 +1267,8 @@ def make_home(account):
         if owner_of_home == uid:
             return
         real_home = os.path.realpath(home)
-        is_near_root = re.match('/.*/.', real_home) is None  # / or /usr: it has to stay root's
-        if owner_of_home != 0 or is_near_root:
+        is_top_level = real_home.count('/') < 2  # / or /usr: it has to stay root's
+        if owner_of_home != 0 or is_top_level:
             raise Failed(f'{home}: belongs to another user')
     else:
         make_readable_folder(home)
@@ -1284,7 +1288,7 @@ def make_readable_folder(folder):
 
 
 def run_or_fail(path, *command):
-    """Run a command, one of those that make a path as it should be. Raise Failed if it fails."""
+    """Run a command for a path, which the reason names: raise Failed if the command fails."""
     if not run(*command):
         raise Failed(f'cannot make {path}')
 
@@ -1439,10 +1443,10 @@ def set_password():
     if is_given:
         store_password(name, password)
         say_done('Password set')
-    password_setting = find_password_setting(root)
-    if password_setting == 'true':
+    password_ban = find_password_ban(root)
+    if password_ban == 'true':
         configure_sshd(name, 'no')
-    elif password_setting == 'false' or is_given:
+    elif password_ban == 'false' or is_given:
         configure_sshd(name, 'yes')
 
 
@@ -1500,9 +1504,10 @@ def includes_drop_ins(lines):
 
 
 def check_sshd(name, yes_or_no):
-    """Ask sshd what it does for the user; raise Failed if that is not what we have written.
+    """Ask sshd what it does for the user.
 
-    Other lines may count more than ours: those in a Match, or in a file that sshd reads before.
+    Raise Failed if it refuses passwords after 'yes', or accepts them in any way after 'no'. Other
+    lines may count more than ours: those in a Match, or in a file that sshd reads before.
     """
     if settings.dry_run or not has_command('sshd'):
         return
@@ -1531,7 +1536,7 @@ STATE_FOLDER = '/var/lib/azure-provisioning'
 
 
 def save_data():
-    """Save the user data of IMDS; and the custom data, if there is a DVD."""
+    """Save the user data of IMDS, if any; and the custom data, if there is a DVD."""
     say('Retrieving user data from IMDS')
     user_data = retry('data', request_leaf, 'userData', DATA_LIMIT, optional=True)
     save_decoded('userData', f'{STATE_FOLDER}/user-data', user_data)
@@ -1622,7 +1627,7 @@ def find_client(interface):
     return ''
 
 
-DHCPCD_PID = '/run/dhcpcd/pid'  # of a dhcpcd for all interfaces; that for a single one ignores -h
+DHCPCD_PID = '/run/dhcpcd/pid'  # of one dhcpcd for all interfaces; others ignore -h
 
 
 def dhcpcd_lease(interface):
@@ -1711,7 +1716,7 @@ def run_second_dhclient(interface):
     words += ['-q', '-sf', '/bin/true', '-pf', pid_file, '-lf', second_leases]
     try:
         write_file(second_leases, 0o600, f'{identity}\n'.encode(BYTE_ENCODING))
-        # With -1 it asks, and goes on in the background. The one with -x ends it.
+        # dhclient -1 asks, and goes on in the background. dhclient -x ends that one.
         is_told = run('dhclient', *words, '-1') and run('dhclient', *words, '-x')
     except Failed:  # the file cannot be written
         is_told = False

@@ -18,11 +18,11 @@
 # - The comment says which variables it sets. A function that finds or makes one text sets $value,
 #   which the next such function overwrites; but read_file sets $text, and find_line sets $line.
 # - A function "can fail": it then sets $reason, for a line on stderr, and returns 1. `fail` does
-#   both. So the function that this line stands in ends there, and fails, unless CHECK is true:
+#   both. If CHECK is false, the function that this line stands in ends there, and fails:
 #       CHECK || fail 'the reason' || return
 # - Other functions answer a question, or try something: they return 0 or 1, and set no $reason.
-# - A text is split with a local IFS. The functions that are called while it is set do not split, or
-#   have an IFS of their own.
+# - A text is split with a local IFS. No function that is called meanwhile depends on it: one that
+#   splits a text has an IFS of its own.
 
 # shellcheck disable=SC3043 # local: dash, BusyBox ash, Bash and mksh have it
 
@@ -79,9 +79,9 @@ has_reply='' # whether any server has answered so far
 
 CONNECT_LIMIT=3        # seconds to connect, at most; they are part of the timeout
 BODY_LIMIT=65536       # bytes of a reply's body, at most
-ABSENCES_BELIEVED=5    # so often IMDS has to reply that it has no such value
+ABSENCES_NEEDED=5      # replies that it has no such value, before IMDS is believed
 DVD_ATTEMPTS=30        # at reading the DVD, as the drive, or the medium in it, may come late
-ATTEMPTS_BEFORE_DVD=60 # at IMDS, for a value that the DVD has, too: five minutes
+ATTEMPTS_BEFORE_DVD=60 # at IMDS, for a value that the DVD has, too: usually five minutes
 NEWLINE='
 '
 WHITE_SPACE=$(printf ' \t\n\r') # that of XML. The line feed does not come last: $() removes those.
@@ -135,18 +135,18 @@ main() {
     run_steps
 }
 
-# find_step NAME: sets $function to the function of a step, or returns 1 if there is no such step.
-# This table has them all.
+# find_step NAME: sets $step_function to the function of a step, or returns 1 if there is no such
+# step. All steps are here.
 find_step() {
     case $1 in
-    ready) function=report_ready ;;
-    hostname) function=set_hostname ;;
-    disable) function=disable_unit ;;
-    user) function=create_user ;;
-    password) function=set_password ;;
-    data) function=save_data ;;
-    publish) function=publish_hostname ;;
-    remember) function=remember_vm ;;
+    ready) step_function=report_ready ;;
+    hostname) step_function=set_hostname ;;
+    disable) step_function=disable_unit ;;
+    user) step_function=create_user ;;
+    password) step_function=set_password ;;
+    data) step_function=save_data ;;
+    publish) step_function=publish_hostname ;;
+    remember) step_function=remember_vm ;;
     *) return 1 ;;
     esac
 }
@@ -258,7 +258,7 @@ run_steps() {
 run_step() {
     reason='unknown error' # in case a function returns 1 without fail, by mistake
     find_step "$1"
-    "$function"
+    "$step_function"
 }
 
 # has_word WORD WORDS: whether it is one of the words
@@ -325,8 +325,8 @@ write_file() {
         say "Would write $file"
         return 0
     fi
-    # FILE.new is there while another copy of this program writes the file, or because one has ended
-    # early. After two seconds, it is the latter.
+    # FILE.new is there while another copy of this program writes the file. If it still is after two
+    # seconds, that copy has ended early.
     for attempt in 1 2 3; do
         if [ $attempt = 3 ]; then
             rm -f "$file.new" 2>/dev/null
@@ -351,7 +351,7 @@ replace_file() {
     if [ -d "$file" ]; then # mv would put the new file into it
         return 1
     fi
-    (
+    ( # ends set -C, too
         set -C # fails if the file is there: another copy is writing it
         "$@" >"$new"
     ) || return 1
@@ -395,6 +395,7 @@ sync_path() {
 # For a POST, each 2xx is as good as 200.
 exchange() {
     local label="$1" url="$2" data="$3" limit="$4" problem
+    local most=$((limit + 100)) # bytes of a body and of the three lines behind it
     shift 4
     set -- "$@" \
         --header "User-Agent: azure-provisioning/$VERSION" \
@@ -407,7 +408,7 @@ exchange() {
         else
             # head cuts off what split_reply would refuse. The shell would drop a NUL byte: tr makes
             # it INVALID.
-            split_reply "$(send_with_wget "$@" | head -c $((limit + 101)) | tr '\000' "$INVALID")"
+            split_reply "$(send_with_wget "$@" | head -c $((most + 1)) | tr '\000' "$INVALID")"
         fi
     } 2>/dev/null # without the messages of the programs, and Bash's warning of a NUL byte
     case $status:$problem in
@@ -438,7 +439,7 @@ send_with_curl() {
         set -- "$@" --data-binary "$data"
     fi
     # Before curl 8.4, --max-filesize does not stop a body whose size is not announced. Then the
-    # rate bounds it: some five times the limit can come within TIMEOUT.
+    # rate bounds it: at most 4 * limit + 4096 * TIMEOUT bytes come.
     bytes_a_second=$((4 * limit / TIMEOUT + 4096))
     curl -q --silent --fail --noproxy '*' --proto =http \
         --connect-timeout "$connect_limit" --max-time "$TIMEOUT" \
@@ -469,7 +470,7 @@ send_with_wget() {
         set -- --no-config --tries=1 --max-redirect=0 --connect-timeout=$CONNECT_LIMIT "$@"
         ;;
     esac
-    # 3 is our stdout. wget's stdout, the body, goes there; its stderr goes to $log.
+    # 3 is our stdout. wget's stderr goes to $log (2>&1), and its stdout, the body, to 3 (>&3).
     { log=$(timeout "$TIMEOUT" wget -q -S -Y off -O - "$@" "$url" 2>&1 >&3); } 3>&1
     exit_status=$?
     case $log in
@@ -480,22 +481,27 @@ send_with_wget() {
     *'  '*) bad_head=yes ;; # there is no status in it
     esac
     printf '\n%s\n\n' "$status"
-    case $bad_head:$status:$exit_status in
-    yes:*) echo 'broken reply' ;;
-    :000:0) echo 'broken reply' ;; # no head
-    :*:0) echo none ;;
-    :*:124 | :*:143) echo 'timed out' ;; # timeout's exit status: of coreutils, of BusyBox
-    *) echo lost ;;                      # or the status is bad
-    esac
+    if [ -n "$bad_head" ]; then
+        echo 'broken reply'
+    elif [ $exit_status = 124 ] || [ $exit_status = 143 ]; then # timeout's: coreutils', BusyBox's
+        echo 'timed out'
+    elif [ $exit_status != 0 ]; then # the status may also be bad
+        echo lost
+    elif [ "$status" = 000 ]; then
+        echo 'broken reply'
+    else
+        echo none
+    fi
 }
 
 # split_reply REPLY: take apart what send_with_curl or send_with_wget printed, line by line from the
-# end; sets $status, $body and its caller's $problem. Uses its caller's $limit.
+# end; sets $status, $body and its caller's $problem. Uses its caller's $limit and $most.
 split_reply() {
     local rest="$1" size
-    if [ "${#rest}" -gt $((limit + 100)) ]; then # more than a body and three lines
+    if [ "${#rest}" -gt $most ]; then
         status=000
         problem='reply too large'
+        body=''
         return 0
     fi
     problem=${rest##*"$NEWLINE"} # the last line
@@ -543,10 +549,10 @@ is_status() {
 # with a status:
 # - 404. But that is also its reply to all requests while it starts.
 # - 400, if it is too old to know the value.
-# So it is believed after ABSENCES_BELIEVED such replies; or after all attempts, if they are fewer
+# So it is believed after ABSENCES_NEEDED such replies; or after all attempts, if they are fewer
 # and each of them has ended so.
 retry() {
-    local step="$1" attempts="$2" kind="$3" attempt=0 absences=0 last_reason='' question=''
+    local step="$1" attempts="$2" necessity="$3" attempt=0 absences=0 last_reason='' question=''
     local routes_before
     shift 3
     while [ $attempt -lt "$attempts" ]; do
@@ -563,10 +569,10 @@ retry() {
             complain "$step: attempt $attempt of $attempts: $reason"
         fi
         last_reason=$reason
-        case $kind:$status in
+        case $necessity:$status in
         optional:400 | optional:404)
             absences=$((absences + 1))
-            if [ $absences = $ABSENCES_BELIEVED ] || [ $absences = "$attempts" ]; then
+            if [ $absences = $ABSENCES_NEEDED ] || [ $absences = "$attempts" ]; then
                 value=''
                 return 0
             fi
@@ -969,16 +975,16 @@ set_kernel_hostname() {
 # DVD_PATH: its path on the DVD.
 # $value is '' if IMDS does not have an optional property.
 #
-# Without a DVD drive, there is only the third part.
+# Without a DVD drive, it does only 3 below.
 request_property() {
-    local step="$1" leaf="$2" dvd_path="$3" kind="$4" attempts="$ATTEMPTS_BEFORE_DVD"
+    local step="$1" leaf="$2" dvd_path="$3" necessity="$4" attempts="$ATTEMPTS_BEFORE_DVD"
     property_origin=imds
     if has_dvd_drive; then
         # 1. Ask IMDS for some minutes. The IMDS of Azure Stack has no properties.
         if [ "$ATTEMPTS" -lt "$attempts" ]; then
             attempts=$ATTEMPTS
         fi
-        if retry "$step" "$attempts" "$kind" request_text "$leaf" && [ -n "$value" ]; then
+        if retry "$step" "$attempts" "$necessity" request_text "$leaf" && [ -n "$value" ]; then
             return 0
         fi
         # 2. Look on the DVD.
@@ -991,7 +997,7 @@ request_property() {
         fi
     fi
     # 3. Ask IMDS, with all attempts.
-    retry "$step" "$ATTEMPTS" "$kind" request_text "$leaf"
+    retry "$step" "$ATTEMPTS" "$necessity" request_text "$leaf"
 }
 
 # has_dvd_drive: whether there is a DVD drive. At the first boot, the DVD is in it, or comes soon.
@@ -1173,8 +1179,8 @@ create_user() {
     grant_root "$name"
 }
 
-# is_user_name TEXT: whether it is a user name with a small letter. In a rule of sudo, ALL is
-# everybody.
+# is_user_name TEXT: whether it is a user name with a small letter; ALL is everybody in a rule of
+# sudo
 is_user_name() {
     case $1 in
     '' | root | *[!A-Za-z0-9._-]* | [!A-Za-z_]*) return 1 ;;
@@ -1184,7 +1190,7 @@ is_user_name() {
 }
 
 # request_keys: sets $keys to the user's valid SSH keys, a line each. Fails if there is neither a
-# key nor a password.
+# key nor a password; also if IMDS does not reply to 1 or 2, or has no valid list of keys.
 request_keys() {
     local leaf=osProfile/disablePasswordAuthentication
     # 1. IMDS has the keys.
@@ -1201,7 +1207,7 @@ request_keys() {
     if has_dvd_drive && retry user "$DVD_ATTEMPTS" required request_dvd && find_keys; then
         return 0
     fi
-    # 4. IMDS may have been starting, unless it had a text. Now it has to have a key.
+    # 4. If IMDS had no text at all, it may have been starting. Now it has to have a key.
     if [ -z "$has_key_text" ]; then
         request_imds_keys required || keys=''
     fi
@@ -1211,13 +1217,13 @@ request_keys() {
 # request_imds_keys required|optional: sets $keys to the valid SSH keys of IMDS, and $has_key_text
 # if it has any text as a key, valid or not; can fail
 #
-# optional: IMDS may have no list of keys, and empty keys. Otherwise, that is a failed attempt.
+# optional: IMDS may have no list of keys, and empty keys. If not, either is a failed attempt.
 request_imds_keys() {
-    local names name number=0 request_function=request_text IFS=' '
+    local names name number=0 request_function=request_leaf IFS=' '
     keys=''
     has_key_text=''
-    if [ "$1" = optional ]; then
-        request_function=request_leaf
+    if [ "$1" != optional ]; then
+        request_function=request_text # fails if the text is empty
     fi
     retry user "$ATTEMPTS" "$1" $request_function publicKeys || return
     squeeze "$value"
@@ -1248,15 +1254,15 @@ find_keys() {
             ;;
         esac
     done
-    find_password_setting
+    find_password_ban
     if [ -z "$keys" ] && [ "$value" != false ]; then
         fail "$NO_LOGIN_REASON"
     fi
 }
 
-# find_password_setting: sets $value to true if the DVD forbids passwords for SSH, to false if it
-# allows them
-find_password_setting() {
+# find_password_ban: sets $value to true if the DVD forbids passwords for SSH, to false if it allows
+# them, or to another text
+find_password_ban() {
     find_squeezed "$OVF_PATH/DisableSshPasswordAuthentication"
     case $value in
     [Tt][Rr][Uu][Ee]) value=true ;;
@@ -1269,7 +1275,10 @@ find_password_setting() {
 pick_keys() {
     local key IFS="$NEWLINE"
     split_keys "$2"
-    for key in ${value:-$INVALID}; do # without a key, say once that it is not valid
+    if [ -z "$value" ]; then
+        value=$INVALID # so that it is said once
+    fi
+    for key in $value; do
         squeeze "$key"
         if is_ssh_key "$value"; then
             say "SSH key: ${value%% *}"
@@ -1327,7 +1336,7 @@ is_ssh_key() {
 # has_control_character TEXT: whether it has a control character in it
 has_control_character() {
     local control_characters
-    control_characters=$(printf '\001-\037\177') # a range, as a-z is one; and one more
+    control_characters=$(printf '\001-\037\177') # the range from \001 to \037, and \177
     case $1 in
     *[$control_characters]*) ;;
     *) return 1 ;;
@@ -1386,17 +1395,20 @@ find_line() {
 # add_account NAME: make the user, in the group of the same name, if there is one. The caller finds
 # out in /etc/passwd if it worked. Fails if /etc/group cannot be read.
 add_account() {
-    local name="$1" shell=/bin/sh group=''
+    local name="$1" login_shell=/bin/sh
     if [ -x /bin/bash ]; then
-        shell=/bin/bash
+        login_shell=/bin/bash
     fi
     find_line /etc/group "$name" || return
-    if [ -n "$line" ]; then
-        group=$name
-    fi
-    # ${group:+...} is nothing without a group.
-    if ! run useradd -m -s $shell ${group:+-g "$group"} "$name"; then
-        run adduser -D -s $shell ${group:+-G "$group"} "$name" || return 0 # BusyBox's
+    # adduser is BusyBox's.
+    if [ -z "$line" ]; then
+        run useradd -m -s $login_shell "$name" ||
+            run adduser -D -s $login_shell "$name" ||
+            return 0
+    else
+        run useradd -m -s $login_shell -g "$name" "$name" ||
+            run adduser -D -s $login_shell -G "$name" "$name" ||
+            return 0
     fi
 }
 
@@ -1424,12 +1436,13 @@ is_system_account() {
 # password.
 unlock_account() {
     case $password_field in
-    '!'*)
-        if ! say "$account:*" | run chpasswd -e && ! run usermod -p '*' "$account"; then
-            fail "neither chpasswd nor usermod unlocked $account"
-        fi
-        ;;
+    '!'*) ;;
+    *) return 0 ;;
     esac
+    if say "$account:*" | run chpasswd -e; then
+        return 0
+    fi
+    run usermod -p '*' "$account" || fail "neither chpasswd nor usermod unlocked $account"
 }
 
 # authorize_keys: add the $keys to the file where sshd looks for those of the $account, unless they
@@ -1557,8 +1570,8 @@ make_keys_folder() {
 
 # make_home: make the $home, unless it is there and the user's; can fail
 #
-# If it is root's, useradd was interrupted: finish its work. If it is somebody else's, so are the
-# keys in it: fail.
+# If it is root's, useradd was interrupted: finish its work. If it is somebody else's, fail: the
+# keys in it would be theirs.
 make_home() {
     local owner_of_home
     if [ -d "$home" ]; then
@@ -1582,11 +1595,12 @@ make_home() {
     restore_labels user "$home"
 }
 
-# find_owner FOLDER: sets $value to the number of the user that owns it. ls prints for example:
+# find_owner FOLDER: sets $value to the number of the user that owns it, or what a symlink leads to.
+# ls prints for example:
 #     drwxr-x--- 3 1000 1000 4096 Nov 27 10:00 /home/azureuser
 find_owner() {
     local IFS=' '
-    read_output ls -ldn "$1" # stat is not everywhere
+    read_output ls -L -ldn "$1" # stat is not everywhere
     # shellcheck disable=SC2086 # split into words
     set -- $value
     value=${3-}
@@ -1601,8 +1615,7 @@ make_readable_folder() {
     ) || fail "cannot make $1"
 }
 
-# run_or_fail PATH COMMAND [ARGUMENT]...: run a command, one of those that make the path as it
-# should be; can fail
+# run_or_fail PATH COMMAND [ARGUMENT]...: run a command for a path, which the reason names; can fail
 run_or_fail() {
     local path="$1"
     shift
@@ -1753,7 +1766,7 @@ find_character() {
     *) return 1 ;;
     esac
     if [ -n "$code" ]; then
-        code=$(printf %o "$code")
+        code=$(printf %o "$code")          # 38 is 46 in octal, and \046 is &
         character=$(printf %b "\\0$code.") # the '.' keeps a line feed
         character=${character%.}
     fi
@@ -1763,7 +1776,7 @@ find_character() {
 # would name one in its declaration: <?xml version="1.0" encoding="UTF-16"?>
 may_be_utf_8() {
     local ascii declaration
-    ascii=$(printf '\001-\177') # a range, as a-z is one
+    ascii=$(printf '\001-\177') # the range from \001 to \177
     case $body in
     *[!$ascii]*) ;;
     *) return 0 ;;
@@ -1819,7 +1832,7 @@ set_password() {
         say_done 'Password set'
         is_given=yes
     fi
-    find_password_setting
+    find_password_ban
     if [ "$value" = true ]; then
         configure_sshd "$name" no
     elif [ "$value" = false ] || [ -n "$is_given" ]; then
@@ -1830,7 +1843,7 @@ set_password() {
 # print_secret LINE: print a line that may be secret. All users can see the arguments of a program.
 # So this takes a command of the shell itself: print, if there is one, as in mksh; or else printf.
 print_secret() {
-    if [ "$(command -v print)" = print ]; then # not the path of a program
+    if [ "$(command -v print)" = print ]; then # a program has a path
         # shellcheck disable=SC2039,SC3045 # print is there
         print -r -- "$1"
     else
@@ -1930,10 +1943,10 @@ drop_our_lines() {
     done
 }
 
-# check_sshd NAME yes|no: ask sshd what it does for the user; fails if that is not what we have
-# written
+# check_sshd NAME yes|no: ask sshd what it does for the user
 #
-# Other lines may count more than ours: those in a Match, or in a file that sshd reads before.
+# Fails if it refuses passwords after yes, or accepts them in any way after no. Other lines may
+# count more than ours: those in a Match, or in a file that sshd reads before.
 check_sshd() {
     if [ -n "$DRY_RUN" ] || ! has_command sshd; then
         return 0
@@ -1981,7 +1994,7 @@ reload_sshd() {
 
 STATE_FOLDER=/var/lib/azure-provisioning
 
-# save_data: save the user data of IMDS; and the custom data, if there is a DVD. Can fail.
+# save_data: save the user data of IMDS, if any; and the custom data, if there is a DVD. Can fail.
 save_data() {
     say 'Retrieving user data from IMDS'
     retry data "$ATTEMPTS" optional request_leaf userData "$DATA_LIMIT" || return
@@ -2100,7 +2113,7 @@ find_client() {
     done
 }
 
-DHCPCD_PID=/run/dhcpcd/pid # of a dhcpcd for all interfaces; that for a single one ignores -h
+DHCPCD_PID=/run/dhcpcd/pid # of one dhcpcd for all interfaces; others ignore -h
 
 # dhcpcd_lease: sets $value to the path of dhcpcd's lease for $interface, a file that stays when
 # dhcpcd ends
@@ -2210,7 +2223,7 @@ run_second_dhclient() {
     done
     set -- "$@" -q -sf /bin/true -pf "$pid_file" -lf "$second_leases"
     if write_file "$second_leases" 600 '' printf '%s\n' "$identity"; then
-        # With -1 it asks, and goes on in the background. The one with -x ends it.
+        # dhclient -1 asks, and goes on in the background. dhclient -x ends that one.
         if run dhclient "$@" -1 && run dhclient "$@" -x; then
             is_told=yes
         fi

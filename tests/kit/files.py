@@ -7,7 +7,7 @@ empty
 /etc/motd 644 < motd        a file with the bytes of another one, here `motd`
 /etc/issue 644 = "no end"   a file with just these bytes
 /home/other/ 755 by 4242    a folder or a file that belongs to the user of this number, 0 is root
-/etc/mtab -> /proc/mounts   a symlink
+/etc/mtab -> /proc/mounts   a symlink; `by NUMBER` may follow
 /etc/queue fifo             a FIFO, which nobody reads or writes
 /etc/issue gone             none, where there was one
 /etc/group same             what the defaults of the case say does not count
@@ -25,7 +25,7 @@ import text
 LINE = re.compile(
     r'(?P<path>/\S*?)(?P<folder>/?) '
     r'(?:(?P<mode>[0-7]{3,4})(?: by (?P<owner>[0-9]+))?(?: < (?P<source>\S+))?'
-    r'|-> (?P<target>\S+)|(?P<word>gone|same|fifo))'
+    r'|-> (?P<target>\S+)(?: by (?P<link_owner>[0-9]+))?|(?P<word>gone|same|fifo))'
 )
 REPLACED = (
     'etc',
@@ -86,12 +86,13 @@ def one(line, values, source):
     path, mode = match.group('path'), int(match.group('mode') or '0', 8)
     if match.group('word'):
         return path, File(match.group('word'), 0, b'')
+    owner = match.group('owner') or match.group('link_owner')
+    owner = owner and int(owner)
     if match.group('target'):
-        return path, File('link', 0, text.encoded(match.group('target')))
+        return path, File('link', 0, text.encoded(match.group('target')), owner)
     data = text.encoded(text.filled(text.unquoted(content), values))
     if match.group('source'):
         data = source(match.group('source'))
-    owner = match.group('owner') and int(match.group('owner'))
     return path, File('folder' if match.group('folder') else 'file', mode, data, owner)
 
 
@@ -112,7 +113,7 @@ def put(root, files):
             os.chown(root + path, uid, gid, follow_symlinks=False)
     for path, file in files.items():
         if file.owner is not None:
-            os.chown(root + path, file.owner, file.owner)
+            os.chown(root + path, file.owner, file.owner, follow_symlinks=False)
 
 
 def put_common(root):
@@ -207,7 +208,12 @@ def file_of(root, path, state):
 
 
 def wrong_owner(path, state, owners):
-    """A line, if it does not belong to the user in whose home it is, or elsewhere to root."""
+    """A line, if it does not belong to the user in whose home it is, or elsewhere to root.
+
+    A symlink in the place of a home may be anybody's.
+    """
+    if path in owners and stat.S_ISLNK(state.st_mode):
+        return
     wanted = (0, 0)
     for home, numbers in owners.items():
         if (path + '/').startswith(home + '/'):

@@ -31,7 +31,6 @@ ENTRY = re.compile('(?P<configuration>[^:]+): (?P<case>[^ ]+)(?P<sometimes> some
 SHOWN = 3  # failures that are shown with what differs
 # What the shell script has to find on PATH, beside curl or wget
 DEFAULT_STEPS = ['chmod', 'mkdir', 'mv', 'rm', 'sleep', 'sync']
-RUNNER = ['setpriv']  # what the kit starts it by
 OTHER_STEPS = [
     'base64',
     'cat',
@@ -193,9 +192,7 @@ CONFIGURATIONS = [
     configuration('BusyBox and curl', FAMILIES, shell, BUSYBOX, ['applets', 'curl']),
     # BusyBox's timeout waits for up to a second.
     configuration('BusyBox alone', FAMILIES, shell, BUSYBOX, ['applets'], at_once=run.WAITING),
-    configuration(
-        'GNU wget', FAMILIES, shell, ['dash'], DEFAULT_STEPS + OTHER_STEPS + WGET + RUNNER
-    ),
+    configuration('GNU wget', FAMILIES, shell, ['dash'], DEFAULT_STEPS + OTHER_STEPS + WGET),
     configuration('curl and little else', SOME, shell, ['dash'], DEFAULT_STEPS + ['curl']),
     configuration('a closed stdin', SOME, no_stdin),
     configuration('a relative path', SOME, relative_path),

@@ -53,8 +53,9 @@ exit "$code"
 # Takes away what a program needs to set the hostname of the kernel, and runs it.
 FIXED = """
 "$1" -o remount,bind,ro /proc/sys/kernel/hostname
-shift
-exec setpriv --bounding-set -sys_admin "$@"
+setpriv=$2
+shift 2
+exec "$setpriv" --bounding-set -sys_admin "$@"
 """
 SMALL = b'\xff\0\0\0'  # the mask of a route that nobody needs
 METRICS = itertools.count(100)
@@ -208,7 +209,14 @@ class Run:
         """The words that keep a program from setting the kernel's hostname, in a case with that."""
         if not self.case.fixed_hostname:
             return []
-        return [shutil.which('sh'), '-c', FIXED, 'sh', shutil.which('mount')]
+        return [
+            shutil.which('sh'),
+            '-c',
+            FIXED,
+            'sh',
+            shutil.which('mount'),
+            shutil.which('setpriv'),
+        ]
 
     def leaks(self):
         """Where a password is to be seen, but for the DVD and the standard input of chpasswd."""

@@ -8,24 +8,30 @@
 # .../linux/provisioning for the DVD, .../instance-metadata-service for IMDS.
 """Provision a Linux VM on Azure, once, on its first boot."""
 
+# ruff: noqa: E402 - two lines have to stand above the other imports
+import gc
+import sys
+
+# Python looks for garbage after so many new objects. The imports leave none, and to look for it all
+# the time would take a twentieth of the program's CPU.
+gc.set_threshold(50000)
+# This keeps http.client from importing ssl, which is not used, and would take a quarter of the
+# program's memory.
+sys.modules['ssl'] = None
+
 import base64
 import contextlib
+import http.client
 import os
 import re
 import signal
 import socket
 import stat
 import subprocess
-import sys
 import threading
 import time
 import types
 from xml.etree import ElementTree
-
-# This keeps http.client from importing ssl, which is not used, and would take a quarter of the
-# program's memory.
-sys.modules['ssl'] = None
-import http.client  # noqa: E402 - has to stand below that line
 
 VERSION = '2.0.0'
 
@@ -85,7 +91,7 @@ run_state = types.SimpleNamespace(
 
 CONNECT_LIMIT = 3  # seconds to connect, at most; they are part of the timeout
 BODY_LIMIT = 65536  # bytes of a reply's body, at most
-ABSENCES_NEEDED = 5  # replies that it has no such value, before IMDS is believed
+ABSENCES_NEEDED = 5  # so many replies "no such value" are needed, until IMDS is believed
 DVD_ATTEMPTS = 30  # at reading the DVD, as the drive, or the medium in it, may come late
 ATTEMPTS_BEFORE_DVD = 60  # at IMDS, for a value that the DVD has, too: usually five minutes
 WHITE_SPACE = ' \t\n\r'  # the characters that are white space in XML
@@ -264,7 +270,7 @@ def has_command(name):
 
 
 def run(*command, input_line=None):
-    """Run a command that changes the system; return whether it is there and succeeds.
+    """Run a command that changes the system; return whether the command exists and succeeds.
 
     A dry run prints the command instead. The input line goes to its stdin, as it may be secret.
     """
@@ -332,8 +338,8 @@ def write_file(path, mode, content, owner=None):
     if settings.dry_run:
         say(f'Would write {path}')
         return
-    # PATH.new is there while another copy of this program writes the file. If it still is after two
-    # seconds, that copy has ended early.
+    # PATH.new is there while another copy of this program writes the file. If it is still there
+    # after two seconds, that copy has ended early.
     for attempt in (1, 2, 3):
         try:
             if attempt == 3:
@@ -389,10 +395,10 @@ def remove_file(path):
 def exchange(label, url, headers, data=None, limit=BODY_LIMIT):
     """Send a POST with the data, or a GET without data; return the reply's status and body.
 
-    limit: of the body, in bytes. The time limit of all of it is settings.timeout.
+    limit: of the body, in bytes. The time limit of the whole exchange is settings.timeout.
 
     what comes                   status  problem            the outcome
-    nothing                      0       'no connection'    Failed: LABEL: no connection; no_reply
+    nothing, or no whole status  0       'no connection'    Failed: LABEL: no connection; no_reply
     nothing in time              0       'timed out'        Failed: LABEL: timed out; no_reply
     what is not HTTP             0       'broken reply'     Failed: LABEL: broken reply
     a bad status                 404     any                Failed: LABEL: HTTP 404
@@ -516,8 +522,8 @@ def retry(step, function, *arguments, optional=False, attempts=None):
     with a status:
     - 404. But that is also its reply to all requests while it starts.
     - 400, if it is too old to know the value.
-    So it is believed after ABSENCES_NEEDED such replies; or after all attempts, if they are fewer
-    and each of them has ended so.
+    So it is believed after ABSENCES_NEEDED such replies in all; or, with fewer attempts than that,
+    if each of them has ended so.
     """
     attempts = attempts or settings.attempts
     absences_needed = min(ABSENCES_NEEDED, attempts)
@@ -753,7 +759,7 @@ def request_property(step, leaf, dvd_path, optional=False):
     If it comes from IMDS, the root is None. The text is '' if IMDS does not have an optional
     property. Raise Failed after all attempts.
 
-    Without a DVD drive, it does only 3 below.
+    An absent value, too, is looked for on the DVD. Without a drive, only IMDS is asked: 3 below.
     """
     if has_dvd_drive():
         # 1. Ask IMDS for some minutes. The IMDS of Azure Stack has no properties.
@@ -801,7 +807,7 @@ def request_leaf(leaf, limit=BODY_LIMIT):
 
 
 def find_api_version(leaf):
-    """Return the oldest api-version that has a value, as an old IMDS refuses later ones."""
+    """Return the oldest api-version that knows a value, as an old IMDS refuses later ones."""
     if leaf.startswith('publicKeys'):
         return '2018-04-02'
     return {
@@ -824,7 +830,7 @@ def last_part(leaf):
 
 def disable_unit():
     """Disable the service, of systemd or OpenRC, so that the next boot does not run it."""
-    sync_all()  # first, or a power cut could leave it disabled, and undo the other steps
+    sync_all()  # first, or a power cut could leave it disabled without what the other steps did
     # Without --no-reload, systemd would run all of its generators again.
     disabled = run('systemctl', '--no-reload', 'disable', 'azure-provisioning.service')
     if not disabled and not run('rc-update', 'del', 'azure-provisioning'):
@@ -960,7 +966,7 @@ def create_user():
 
 
 def is_user_name(text):
-    """Whether a text is a user name with a small letter; ALL is everybody in a rule of sudo."""
+    """Whether a text is a user name with a small letter, as sudo reads ALL as everybody."""
     return (
         re.fullmatch(ACCOUNT_NAME, text) is not None
         and re.search('[a-z]', text) is not None
@@ -971,7 +977,7 @@ def is_user_name(text):
 def request_keys():
     """Return the user's valid SSH keys. Raise Failed if there is neither a key nor a password.
 
-    Raise Failed, too, if IMDS does not reply to 1 or 2, or has no valid list of keys.
+    Raise Failed, too, if IMDS does not answer the first two questions below, or has no valid list.
     """
     # 1. IMDS has the keys.
     keys, has_key_text = request_imds_keys(optional=True)
@@ -1001,7 +1007,8 @@ def request_keys():
 def request_imds_keys(optional):
     """Return the valid SSH keys of IMDS, and whether it has any text as a key, valid or not.
 
-    optional: IMDS may have no list of keys, and empty keys. If not, either is a failed attempt.
+    optional: IMDS may have no list of keys, and empty keys. If False, no list is a failed attempt,
+    and so is an empty key.
     """
     request_function = request_leaf
     if not optional:
@@ -1158,8 +1165,8 @@ def is_system_account(account):
 def unlock_account(account):
     """Unlock an account: without PAM, sshd refuses the keys of one that is locked.
 
-    A '!' in front of the password field locks an account. A '*' there does not, and fits no
-    password.
+    A '!' in front of the password field locks an account. A '*' there does not lock it, but no
+    password matches it.
     """
     if account.password_field.startswith('!'):
         name = account.name
@@ -1173,7 +1180,7 @@ def authorize_keys(account, keys):
     path = find_keys_file(account)
     folder = os.path.dirname(path)
     for each in (folder, path):
-        if os.path.islink(each):  # root would write where the user has it lead
+        if os.path.islink(each):  # a user could have root write elsewhere
             raise Failed(f'{each}: a symlink is in the way')
     make_keys_folder(account, folder)
     owner = account.owner
@@ -1405,7 +1412,7 @@ def may_be_utf_8(document):
 
 
 def mount_dvd():
-    """Mount the DVD where only root can see it, unless it still is, after an umount that failed."""
+    """Mount the DVD where only root can see it, unless it is still mounted, as umount failed."""
     mount = ['mount', '-t', 'udf,iso9660', '-o', 'ro,nosuid,nodev,noexec', '/dev/sr0', DVD_FOLDER]
     if os.path.exists(OVF_FILE):
         return
@@ -1439,7 +1446,7 @@ def set_password():
     password = find_text(root, f'{OVF_PATH}/UserPassword')
     if has_control_character(password) or len(password) > 72:  # bytes; Azure allows no more
         raise Failed('no valid password')
-    is_given = password not in ('', 'REDACTED')  # cloud-init writes that into its copy of the file
+    is_given = password not in ('', 'REDACTED')  # cloud-init writes REDACTED into its copy
     if is_given:
         store_password(name, password)
         say_done('Password set')
@@ -1451,7 +1458,7 @@ def set_password():
 
 
 def store_password(name, password):
-    """Set the password of a user. Raise Failed if chpasswd fails, as where PAM refuses it."""
+    """Set the password of a user. Raise Failed if chpasswd fails, for example if PAM refuses it."""
     line = f'{name}:{password}'
     if not run('chpasswd', input_line=line):
         raise Failed('chpasswd failed')
@@ -1504,7 +1511,7 @@ def includes_drop_ins(lines):
 
 
 def check_sshd(name, yes_or_no):
-    """Ask sshd what it does for the user.
+    """Ask sshd what its configuration means for the user.
 
     Raise Failed if it refuses passwords after 'yes', or accepts them in any way after 'no'. Other
     lines may count more than ours: those in a Match, or in a file that sshd reads before.
@@ -1627,7 +1634,7 @@ def find_client(interface):
     return ''
 
 
-DHCPCD_PID = '/run/dhcpcd/pid'  # of one dhcpcd for all interfaces; others ignore -h
+DHCPCD_PID = '/run/dhcpcd/pid'  # of a dhcpcd for all interfaces; one for each would ignore -h
 
 
 def dhcpcd_lease(interface):

@@ -79,7 +79,7 @@ has_reply='' # whether any server has answered so far
 
 CONNECT_LIMIT=3        # seconds to connect, at most; they are part of the timeout
 BODY_LIMIT=65536       # bytes of a reply's body, at most
-ABSENCES_NEEDED=5      # replies that it has no such value, before IMDS is believed
+ABSENCES_NEEDED=5      # so many replies "no such value" are needed, until IMDS is believed
 DVD_ATTEMPTS=30        # at reading the DVD, as the drive, or the medium in it, may come late
 ATTEMPTS_BEFORE_DVD=60 # at IMDS, for a value that the DVD has, too: usually five minutes
 NEWLINE='
@@ -276,8 +276,8 @@ has_command() {
     command -v "$1" >/dev/null
 }
 
-# run COMMAND [ARGUMENT]...: run a command that changes the system; returns whether it is there and
-# succeeds. A dry run prints the command instead.
+# run COMMAND [ARGUMENT]...: run a command that changes the system; returns whether the command
+# exists and succeeds. A dry run prints it instead.
 run() {
     local IFS=' ' # stands between the words of $*
     has_command "$1" || return 1
@@ -325,8 +325,8 @@ write_file() {
         say "Would write $file"
         return 0
     fi
-    # FILE.new is there while another copy of this program writes the file. If it still is after two
-    # seconds, that copy has ended early.
+    # FILE.new is there while another copy of this program writes the file. If it is still there
+    # after two seconds, that copy has ended early.
     for attempt in 1 2 3; do
         if [ $attempt = 3 ]; then
             rm -f "$file.new" 2>/dev/null
@@ -351,7 +351,7 @@ replace_file() {
     if [ -d "$file" ]; then # mv would put the new file into it
         return 1
     fi
-    ( # ends set -C, too
+    ( # a subshell, so that set -C ends with it
         set -C # fails if the file is there: another copy is writing it
         "$@" >"$new"
     ) || return 1
@@ -380,16 +380,16 @@ sync_path() {
 
 # exchange LABEL URL DATA LIMIT [--header HEADER]...: send a POST with the data, or a GET if they
 # are ''; sets $status of the reply, and $body. Can fail. LIMIT: of the body, in bytes. The time
-# limit of all of it is TIMEOUT.
+# limit of the whole exchange is TIMEOUT.
 #
 # what comes                   $status  $problem         the outcome
-# nothing                      000      no connection    fails: LABEL: no connection; sets $no_reply
+# nothing, or no whole status  000      no connection    fails: LABEL: no connection; sets $no_reply
 # nothing in time              000      timed out        fails: LABEL: timed out; sets $no_reply
 # what is not HTTP             000      broken reply     fails: LABEL: broken reply
 # a bad status                 404      any              fails: LABEL: HTTP 404
 # 200, but half a body         200      broken reply     fails: LABEL: broken reply
 # 200, but not in time         200      timed out        fails: LABEL: timed out
-# 200, but a large body        200      reply too large  fails: LABEL: reply too large
+# 200, but a large body        200, 000 reply too large  fails: LABEL: reply too large
 # 200 and a body               200      none             succeeds
 #
 # For a POST, each 2xx is as good as 200.
@@ -429,7 +429,7 @@ exchange() {
 #     web-1          BODY
 #     200            STATUS, 000 without a reply
 #     5              SIZE of the body, in bytes
-#     none           PROBLEM, one of those of exchange; or "lost", which is the connection
+#     none           PROBLEM, one of those of exchange; or "lost": the connection broke
 send_with_curl() {
     local bytes_a_second connect_limit=$CONNECT_LIMIT
     if [ "$TIMEOUT" -lt "$connect_limit" ]; then
@@ -438,8 +438,8 @@ send_with_curl() {
     if [ -n "$data" ]; then
         set -- "$@" --data-binary "$data"
     fi
-    # Before curl 8.4, --max-filesize does not stop a body whose size is not announced. Then the
-    # rate bounds it: at most 4 * limit + 4096 * TIMEOUT bytes come.
+    # Before curl 8.4, --max-filesize does not stop a body whose size is not announced. So the rate
+    # is bounded, too: at most 4 * limit + 4096 * TIMEOUT bytes can come.
     bytes_a_second=$((4 * limit / TIMEOUT + 4096))
     curl -q --silent --fail --noproxy '*' --proto =http \
         --connect-timeout "$connect_limit" --max-time "$TIMEOUT" \
@@ -483,7 +483,7 @@ send_with_wget() {
     printf '\n%s\n\n' "$status"
     if [ -n "$bad_head" ]; then
         echo 'broken reply'
-    elif [ $exit_status = 124 ] || [ $exit_status = 143 ]; then # timeout's: coreutils', BusyBox's
+    elif [ $exit_status = 124 ] || [ $exit_status = 143 ]; then # timeout's: coreutils or BusyBox
         echo 'timed out'
     elif [ $exit_status != 0 ]; then # the status may also be bad
         echo lost
@@ -549,8 +549,8 @@ is_status() {
 # with a status:
 # - 404. But that is also its reply to all requests while it starts.
 # - 400, if it is too old to know the value.
-# So it is believed after ABSENCES_NEEDED such replies; or after all attempts, if they are fewer
-# and each of them has ended so.
+# So it is believed after ABSENCES_NEEDED such replies in all; or, with fewer attempts than that, if
+# each of them has ended so.
 retry() {
     local step="$1" attempts="$2" necessity="$3" attempt=0 absences=0 last_reason='' question=''
     local routes_before
@@ -975,7 +975,7 @@ set_kernel_hostname() {
 # DVD_PATH: its path on the DVD.
 # $value is '' if IMDS does not have an optional property.
 #
-# Without a DVD drive, it does only 3 below.
+# An absent value, too, is looked for on the DVD. Without a drive, only IMDS is asked: 3 below.
 request_property() {
     local step="$1" leaf="$2" dvd_path="$3" necessity="$4" attempts="$ATTEMPTS_BEFORE_DVD"
     property_origin=imds
@@ -1023,7 +1023,7 @@ request_leaf() {
     value=$body
 }
 
-# find_api_version LEAF: sets its caller's $version to the oldest api-version that has a value, as
+# find_api_version LEAF: sets its caller's $version to the oldest api-version that knows a value, as
 # an old IMDS refuses later ones
 find_api_version() {
     case $1 in
@@ -1040,7 +1040,7 @@ find_api_version() {
 # disable_unit: disable the service, of systemd or OpenRC, so that the next boot does not run it;
 # can fail
 disable_unit() {
-    sync_all # first, or a power cut could leave it disabled, and undo the other steps
+    sync_all # first, or a power cut could leave it disabled without what the other steps did
     # Without --no-reload, systemd would run all of its generators again.
     if ! run systemctl --no-reload disable azure-provisioning.service &&
         ! run rc-update del azure-provisioning; then
@@ -1179,8 +1179,7 @@ create_user() {
     grant_root "$name"
 }
 
-# is_user_name TEXT: whether it is a user name with a small letter; ALL is everybody in a rule of
-# sudo
+# is_user_name TEXT: whether it is a user name with a small letter, as sudo reads ALL as everybody
 is_user_name() {
     case $1 in
     '' | root | *[!A-Za-z0-9._-]* | [!A-Za-z_]*) return 1 ;;
@@ -1190,7 +1189,8 @@ is_user_name() {
 }
 
 # request_keys: sets $keys to the user's valid SSH keys, a line each. Fails if there is neither a
-# key nor a password; also if IMDS does not reply to 1 or 2, or has no valid list of keys.
+# key nor a password; also if IMDS does not answer the first two questions below, or has no valid
+# list.
 request_keys() {
     local leaf=osProfile/disablePasswordAuthentication
     # 1. IMDS has the keys.
@@ -1217,7 +1217,7 @@ request_keys() {
 # request_imds_keys required|optional: sets $keys to the valid SSH keys of IMDS, and $has_key_text
 # if it has any text as a key, valid or not; can fail
 #
-# optional: IMDS may have no list of keys, and empty keys. If not, either is a failed attempt.
+# required: no list is a failed attempt, and so is an empty key.
 request_imds_keys() {
     local names name number=0 request_function=request_leaf IFS=' '
     keys=''
@@ -1276,7 +1276,7 @@ pick_keys() {
     local key IFS="$NEWLINE"
     split_keys "$2"
     if [ -z "$value" ]; then
-        value=$INVALID # so that it is said once
+        value=$INVALID # so that the loop complains once
     fi
     for key in $value; do
         squeeze "$key"
@@ -1432,8 +1432,8 @@ is_system_account() {
 # unlock_account: unlock the $account: without PAM, sshd refuses the keys of one that is locked. Can
 # fail.
 #
-# A '!' in front of the $password_field locks an account. A '*' there does not, and fits no
-# password.
+# A '!' in front of the $password_field locks an account. A '*' there does not lock it, but no
+# password matches it.
 unlock_account() {
     case $password_field in
     '!'*) ;;
@@ -1453,7 +1453,7 @@ authorize_keys() {
     path=$value
     folder=${path%/*}
     for each in "$folder" "$path"; do
-        if [ -L "$each" ]; then # root would write where the user has it lead
+        if [ -L "$each" ]; then # a user could have root write elsewhere
             fail "$each: a symlink is in the way" || return
         fi
     done
@@ -1595,8 +1595,8 @@ make_home() {
     restore_labels user "$home"
 }
 
-# find_owner FOLDER: sets $value to the number of the user that owns it, or what a symlink leads to.
-# ls prints for example:
+# find_owner FOLDER: sets $value to the number of the user that owns it, not a symlink to it. ls
+# prints for example:
 #     drwxr-x--- 3 1000 1000 4096 Nov 27 10:00 /home/azureuser
 find_owner() {
     local IFS=' '
@@ -1736,7 +1736,7 @@ request_dvd() {
 }
 
 # decode_entities TEXT: sets $value to a text of read_xml with the entities decoded, such as &amp;
-# and &#13; and &#xD;. It is INVALID if there is an '&' of anything else.
+# and &#13; and &#xD;. Any other '&' becomes INVALID.
 decode_entities() {
     local rest="$1" character
     value=''
@@ -1792,8 +1792,8 @@ may_be_utf_8() {
     esac
 }
 
-# mount_dvd: mount the DVD where only root can see it, unless it still is, after an umount that
-# failed. Can fail.
+# mount_dvd: mount the DVD where only root can see it, unless it is still mounted, as umount failed.
+# Can fail.
 mount_dvd() {
     if [ -e "$OVF_FILE" ]; then
         return 0
@@ -1827,7 +1827,7 @@ set_password() {
     if has_control_character "$password" || [ "${#password}" -gt 72 ]; then # bytes; Azure's limit
         fail 'no valid password' || return
     fi
-    if [ -n "$password" ] && [ "$password" != REDACTED ]; then # so it is in cloud-init's copy
+    if [ -n "$password" ] && [ "$password" != REDACTED ]; then # that is in cloud-init's copy
         store_password "$name" "$password" || return
         say_done 'Password set'
         is_given=yes
@@ -1841,7 +1841,7 @@ set_password() {
 }
 
 # print_secret LINE: print a line that may be secret. All users can see the arguments of a program.
-# So this takes a command of the shell itself: print, if there is one, as in mksh; or else printf.
+# So this has to be a command of the shell itself. In mksh, that is print, as printf is a program.
 print_secret() {
     if [ "$(command -v print)" = print ]; then # a program has a path
         # shellcheck disable=SC2039,SC3045 # print is there
@@ -1851,8 +1851,8 @@ print_secret() {
     fi 2>/dev/null # the reader may be gone
 }
 
-# store_password NAME PASSWORD: set the password of a user. Fails if chpasswd fails, as where PAM
-# refuses it.
+# store_password NAME PASSWORD: set the password of a user. Fails if chpasswd fails, for example if
+# PAM refuses it.
 store_password() {
     local hash
     print_secret "$1:$2" | run chpasswd || fail 'chpasswd failed' || return
@@ -1943,7 +1943,7 @@ drop_our_lines() {
     done
 }
 
-# check_sshd NAME yes|no: ask sshd what it does for the user
+# check_sshd NAME yes|no: ask sshd what its configuration means for the user
 #
 # Fails if it refuses passwords after yes, or accepts them in any way after no. Other lines may
 # count more than ours: those in a Match, or in a file that sshd reads before.
@@ -2113,7 +2113,7 @@ find_client() {
     done
 }
 
-DHCPCD_PID=/run/dhcpcd/pid # of one dhcpcd for all interfaces; others ignore -h
+DHCPCD_PID=/run/dhcpcd/pid # of a dhcpcd for all interfaces; one for each would ignore -h
 
 # dhcpcd_lease: sets $value to the path of dhcpcd's lease for $interface, a file that stays when
 # dhcpcd ends

@@ -25,7 +25,7 @@ help: ## list the targets
 demo: ## show a first boot with a fake server [IMPL=py|sh]
 	@python3 tests/kit/demo.py $(if $(IMPL),'$(IMPL)')
 
-test: ## run the tests that each commit must pass, in 3 minutes
+test: ## run the tests that each commit must pass, in about 3 minutes
 	@tests/test $(PARTS)
 
 test-all: ## run all tests, as root, in an hour at most

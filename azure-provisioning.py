@@ -12,8 +12,8 @@
 import gc
 import sys
 
-# Python looks for garbage after so many new objects. The imports leave none, and to look for it all
-# the time would take a twentieth of the program's CPU.
+# Look for garbage only after so many new objects. The imports leave none, and looking for it would
+# take a twentieth of the program's CPU.
 gc.set_threshold(50000)
 # This keeps http.client from importing ssl, which is not used, and would take a quarter of the
 # program's memory.
@@ -91,9 +91,9 @@ run_state = types.SimpleNamespace(
 
 CONNECT_LIMIT = 3  # seconds to connect, at most; they are part of the timeout
 BODY_LIMIT = 65536  # bytes of a reply's body, at most
-ABSENCES_NEEDED = 5  # so many replies "no such value" are needed, until IMDS is believed
-DVD_ATTEMPTS = 30  # at reading the DVD, as the drive, or the medium in it, may come late
-ATTEMPTS_BEFORE_DVD = 60  # at IMDS, for a value that the DVD has, too: usually five minutes
+ABSENCES_NEEDED = 5  # IMDS is believed after so many replies that there is no such value
+DVD_ATTEMPTS = 30  # to read the DVD, as the drive, or the medium in it, may come late
+ATTEMPTS_BEFORE_DVD = 60  # to get a value from IMDS that the DVD has, too: five minutes
 WHITE_SPACE = ' \t\n\r'  # the characters that are white space in XML
 ACCOUNT_NAME = '[A-Za-z_][A-Za-z0-9._-]{0,31}'  # a regular expression, for users and groups
 
@@ -418,7 +418,7 @@ def exchange(label, url, headers, data=None, limit=BODY_LIMIT):
     )
     thread.start()
     thread.join(settings.timeout)
-    problem = reply.problem  # is read first and set last: if it is '', the others are set
+    problem = reply.problem  # read first, as the thread sets it last
     status = reply.status
     body = reply.body
     hang_up(reply.socket)

@@ -6,6 +6,7 @@
 # Needs:
 # - sleep and curl; or sleep, wget, timeout, head and tr
 # - where hostnamectl fails: chmod, hostname, mkdir, mv, rm and sync
+# - where there is a DVD drive: mkdir, mount, tr and umount
 # - for the other steps: base64, cat, chown, cp, date, ls, mount, readlink, sed, tr and umount; for
 #   publish, also grep and uname
 # Sources: https://learn.microsoft.com/azure/virtual-machines/linux/no-agent for the WireServer,
@@ -79,9 +80,9 @@ has_reply='' # whether any server has answered so far
 
 CONNECT_LIMIT=3        # seconds to connect, at most; they are part of the timeout
 BODY_LIMIT=65536       # bytes of a reply's body, at most
-ABSENCES_NEEDED=5      # so many replies "no such value" are needed, until IMDS is believed
-DVD_ATTEMPTS=30        # at reading the DVD, as the drive, or the medium in it, may come late
-ATTEMPTS_BEFORE_DVD=60 # at IMDS, for a value that the DVD has, too: usually five minutes
+ABSENCES_NEEDED=5      # IMDS is believed after so many replies that there is no such value
+DVD_ATTEMPTS=30        # to read the DVD, as the drive, or the medium in it, may come late
+ATTEMPTS_BEFORE_DVD=60 # to get a value from IMDS that the DVD has, too: five minutes
 NEWLINE='
 '
 WHITE_SPACE=$(printf ' \t\n\r') # that of XML. The line feed does not come last: $() removes those.
@@ -701,7 +702,7 @@ request_goal_state() {
 # - A document type definition, CDATA, a '>' or '/ ' in an attribute, a tag of over 1,000 characters
 #   and very deep elements are refused.
 # - A text with a comment in it is INVALID.
-# - Behind a comment that stands outside of the root, text is overlooked.
+# - Text behind a comment outside of the root is ignored.
 # Entities, such as &amp;, stay as they are: see decode_entities.
 read_xml() {
     local root="$1" paths="$2" path='' text='' root_seen='' markup_end=''

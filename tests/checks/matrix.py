@@ -30,7 +30,7 @@ EXPECTED_FAILURES = pathlib.Path(__file__).resolve().parent / 'expected-failures
 ENTRY = re.compile('(?P<configuration>[^:]+): (?P<case>[^ ]+)(?P<sometimes> sometimes)?')
 SHOWN = 3  # failures that are shown with what differs
 # What the shell script has to find on PATH, beside curl or wget
-DEFAULT_STEPS = ['chmod', 'mkdir', 'mv', 'rm', 'sleep', 'sync']
+DEFAULT_STEPS = ['chmod', 'mkdir', 'mv', 'rm', 'sleep', 'sync', 'tr']
 OTHER_STEPS = [
     'base64',
     'cat',
@@ -41,7 +41,6 @@ OTHER_STEPS = [
     'ls',
     'readlink',
     'sed',
-    'tr',
     'uname',
 ]
 WGET = ['wget', 'head', 'timeout']

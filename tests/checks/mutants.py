@@ -170,7 +170,8 @@ class Checker:
         """Run a program for the case of a mutant, as soon as there is room for it."""
         case, strict = self.known[mutant.case], '--strict' in mutant.options
         command = '%s -IS %s' % (sys.executable, program)
-        pool = self.waiting if run.waits(case) else self.busy
+        waits = run.waits(case) or '--waits' in mutant.options
+        pool = self.waiting if waits else self.busy
         return pool.submit(lambda: run.verdict(case, command, strict, ENVIRONMENT)[0])
 
     def try_all(self, mutants):

@@ -44,6 +44,7 @@ TEXTS = EXPECTED + (
     'output',
     'signal',
     'kernel',
+    'traced',
 )
 TABLES = ('values', 'settings', 'answers')  # of names; those of a case are added to the common ones
 OUTPUTS = ('full', 'gone')  # what cannot be written to
@@ -309,6 +310,7 @@ class Case:
         self.curlrc = layer.texts.get('curlrc')
         self.network = layer.texts.get('network', '').strip()
         self.fixed_hostname = 'kernel' in layer.texts
+        self.traced = 'traced' in layer.texts
         self.output = layer.texts.get('output', '').strip()
         self.signal = layer.texts.get('signal', '').strip()
         self.umask = layer.texts.get('umask', '022').strip()

@@ -128,6 +128,7 @@ class Run:
             observed = [shutil.which('sh'), '-c', OBSERVED, 'sh', self.case.umask, self.hostname]
             words = observed + self.kernel() + self.tracer() + words
         outputs = self.outputs()
+        started = time.monotonic()
         process = sandbox.start(
             words,
             (self.host.wireserver, self.host.imds),
@@ -149,7 +150,8 @@ class Run:
             stdout, stderr = process.communicate()
             self.faults.append('still running after %d seconds' % LIMIT)
         requests = list(self.host.requests)
-        moments = [request.time for request in requests] + [time.monotonic()]
+        moments = [request.time for request in requests] or [started]
+        moments.append(time.monotonic())
         return {
             'exit': '%d\n' % exit_status(process.returncode),
             'requests': ''.join(request.line + '\n' for request in requests),
@@ -198,10 +200,8 @@ class Run:
             self.faults += wrong + self.leaks()
 
     def tracer(self):
-        """The words that have strace note all command lines in a file, where there is a secret, and
-        strace.
-        """
-        if any(SECRET.encode() in file.content for file in self.case.before.values()):
+        """The words that have strace note all command lines in a file, in a case with that."""
+        if self.case.traced:
             return [word.replace('TRACE', self.trace) for word in strace()]
         return []
 

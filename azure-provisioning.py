@@ -12,8 +12,8 @@
 import gc
 import sys
 
-# Look for garbage only after so many new objects. The imports leave none, and looking for it would
-# take a twentieth of the program's CPU.
+# Look for garbage after 50,000 new objects, not 700. The imports leave none, and looking for it
+# would take a twentieth of the program's CPU.
 gc.set_threshold(50000)
 # This keeps http.client from importing ssl, which is not used, and would take a quarter of the
 # program's memory.
@@ -91,9 +91,9 @@ run_state = types.SimpleNamespace(
 
 CONNECT_LIMIT = 3  # seconds to connect, at most; they are part of the timeout
 BODY_LIMIT = 65536  # bytes of a reply's body, at most
-ABSENCES_NEEDED = 5  # IMDS is believed after so many replies that there is no such value
+ABSENCES_NEEDED = 5  # replies of IMDS that there is no such value, before it is believed
 DVD_ATTEMPTS = 30  # to read the DVD, as the drive, or the medium in it, may come late
-ATTEMPTS_BEFORE_DVD = 60  # to get a value from IMDS that the DVD has, too: five minutes
+ATTEMPTS_BEFORE_DVD = 60  # to get a value from IMDS; then the DVD is read: after five minutes
 WHITE_SPACE = ' \t\n\r'  # the characters that are white space in XML
 ACCOUNT_NAME = '[A-Za-z_][A-Za-z0-9._-]{0,31}'  # a regular expression, for users and groups
 
@@ -140,7 +140,7 @@ class Failed(Exception):
 
 
 def end_program(status):
-    """End the program. sys.exit would write to stdout once more, which may fail."""
+    """End the program. sys.exit would also flush stdout, which may fail."""
     os._exit(status)
 
 
@@ -293,7 +293,7 @@ def run_twice(*command):
 
 
 def run_even_dry(*command, input_line=None):
-    """Do the work of run. A dry run, too, mounts the DVD and unmounts it again."""
+    """Run a command as run does, but also in a dry run, which has to read the DVD."""
     input_bytes = None
     if input_line is not None:
         input_bytes = f'{input_line}\n'.encode(BYTE_ENCODING)
@@ -304,7 +304,7 @@ def run_even_dry(*command, input_line=None):
 
 
 def read_output(*command):
-    """Run a command that only tells something. Return what it prints, '' if it fails.
+    """Run a command that changes nothing. Return what it prints, '' if it fails.
 
     The text has no line feeds at its end.
     """
@@ -395,7 +395,7 @@ def remove_file(path):
 def exchange(label, url, headers, data=None, limit=BODY_LIMIT):
     """Send a POST with the data, or a GET without data; return the reply's status and body.
 
-    limit: of the body, in bytes. The time limit of the whole exchange is settings.timeout.
+    limit: bytes of the body, at most. The whole exchange may take settings.timeout seconds.
 
     what comes                   status  problem            the outcome
     nothing, or no whole status  0       'no connection'    Failed: LABEL: no connection; no_reply
@@ -522,8 +522,8 @@ def retry(step, function, *arguments, optional=False, attempts=None):
     with a status:
     - 404. But that is also its reply to all requests while it starts.
     - 400, if it is too old to know the value.
-    So it is believed after ABSENCES_NEEDED such replies in all; or, with fewer attempts than that,
-    if each of them has ended so.
+    So it is believed after ABSENCES_NEEDED such replies, which need not come in a row. With fewer
+    attempts than that, each has to end so.
     """
     attempts = attempts or settings.attempts
     absences_needed = min(ABSENCES_NEEDED, attempts)
@@ -719,24 +719,25 @@ def is_hostname(text):
 def store_hostname(name):
     """Set the hostname without systemd: in the kernel for this boot, in a file for later ones.
 
-    Raise Failed if one of the two is not set. The reason has all that failed. For example:
+    Raise Failed if one of the two is not set. The reason names all that failed. For example:
     hostnamectl failed; cannot write /etc/hostname, so web-1 lasts until the next boot
     """
     problems = []
     if has_command('hostnamectl'):
         problems.append('hostnamectl failed')
-    is_set = set_kernel_hostname(name)
-    if not is_set:
+    kernel_has_name = set_kernel_hostname(name)
+    file_has_name = True
+    if not kernel_has_name:
         problems.append("cannot set the kernel's hostname")
     try:
         write_file('/etc/hostname', 0o644, f'{name}\n'.encode())
     except Failed as failure:
+        file_has_name = False
         until = ''
-        if is_set:
+        if kernel_has_name:
             until = f', so {name} lasts until the next boot'
         problems.append(f'{failure}{until}')
-        is_set = False
-    if not is_set:
+    if not kernel_has_name or not file_has_name:
         raise Failed('; '.join(problems))
 
 
@@ -759,7 +760,8 @@ def request_property(step, leaf, dvd_path, optional=False):
     If it comes from IMDS, the root is None. The text is '' if IMDS does not have an optional
     property. Raise Failed after all attempts.
 
-    An absent value, too, is looked for on the DVD. Without a drive, only IMDS is asked: 3 below.
+    The DVD is also read if IMDS says that there is no such value. Without a drive, only step 3 is
+    done.
     """
     if has_dvd_drive():
         # 1. Ask IMDS for some minutes. The IMDS of Azure Stack has no properties.
@@ -773,7 +775,7 @@ def request_property(step, leaf, dvd_path, optional=False):
         # 2. Look on the DVD.
         try:
             dvd_root = retry(step, request_dvd, attempts=DVD_ATTEMPTS)
-            text = find_squeezed(dvd_root, f'{OVF_PATH}/{dvd_path}')
+            text = squeeze(find_dvd_text(dvd_root, dvd_path))
         except Failed:
             text = ''
         if text:
@@ -966,7 +968,7 @@ def create_user():
 
 
 def is_user_name(text):
-    """Whether a text is a user name with a small letter, as sudo reads ALL as everybody."""
+    """Whether a text is a user name. It has a small letter: to sudo, ALL would be everybody."""
     return (
         re.fullmatch(ACCOUNT_NAME, text) is not None
         and re.search('[a-z]', text) is not None
@@ -1039,12 +1041,15 @@ def find_keys(dvd_root):
 
 
 def find_password_ban(dvd_root):
-    """Return 'true' if the DVD forbids passwords for SSH, 'false' if it allows them, or other."""
-    return find_squeezed(dvd_root, f'{OVF_PATH}/DisableSshPasswordAuthentication').lower()
+    """Return 'true' if the DVD forbids passwords for SSH, 'false' if it allows them.
+
+    Any other text is returned as it is.
+    """
+    return squeeze(find_dvd_text(dvd_root, 'DisableSshPasswordAuthentication')).lower()
 
 
 def pick_keys(key_number, text):
-    """Return the valid SSH keys in the text with this number; say of each key if it is valid."""
+    """Return the valid SSH keys in the text with this number. Print of each key if it is valid."""
     keys = []
     for key in split_keys(text):
         if is_ssh_key(key):
@@ -1321,7 +1326,7 @@ def grant_root(name):
     """Let the user become root without a password, with sudo or else with doas.
 
     visudo and doas check the rule before it is written. If neither accepts it, that is no failure,
-    as the user can log in.
+    as the user can log in. Raise Failed if the rule cannot be written.
     """
     rule = f'{name} ALL=(ALL:ALL) NOPASSWD:ALL'
     # With sudo and doas, the last rule that fits counts. So the names of our files begin with zz.
@@ -1398,6 +1403,11 @@ def request_dvd():
     return root
 
 
+def find_dvd_text(root, path):
+    """Return the text of the first element at a path on the DVD, '' if there is none."""
+    return find_text(root, f'{OVF_PATH}/{path}')
+
+
 def may_be_utf_8(document):
     """Whether a document can be UTF-8: it is ASCII alone, or names no other encoding.
 
@@ -1412,12 +1422,12 @@ def may_be_utf_8(document):
 
 
 def mount_dvd():
-    """Mount the DVD where only root can see it, unless it is still mounted, as umount failed."""
-    mount = ['mount', '-t', 'udf,iso9660', '-o', 'ro,nosuid,nodev,noexec', '/dev/sr0', DVD_FOLDER]
+    """Mount the DVD where only root can see it, unless an earlier umount failed."""
     if os.path.exists(OVF_FILE):
         return
     is_folder = run_even_dry('mkdir', '-p', DVD_FOLDER)
-    if not is_folder or not has_dvd_drive() or not run_even_dry(*mount):
+    command = ['mount', '-t', 'udf,iso9660', '-o', 'ro,nosuid,nodev,noexec', '/dev/sr0', DVD_FOLDER]
+    if not is_folder or not has_dvd_drive() or not run_even_dry(*command):
         raise Failed('ovf-env.xml: no DVD')
 
 
@@ -1440,13 +1450,13 @@ def set_password():
     """Set the password of the admin user, and have sshd take passwords or not."""
     say('Retrieving password from the DVD')
     root = retry('password', request_dvd, attempts=DVD_ATTEMPTS)
-    name = find_squeezed(root, f'{OVF_PATH}/UserName')
+    name = squeeze(find_dvd_text(root, 'UserName'))
     if not is_user_name(name):
         raise Failed('no valid user name')
-    password = find_text(root, f'{OVF_PATH}/UserPassword')
+    password = find_dvd_text(root, 'UserPassword')
     if has_control_character(password) or len(password) > 72:  # bytes; Azure allows no more
         raise Failed('no valid password')
-    is_given = password not in ('', 'REDACTED')  # cloud-init writes REDACTED into its copy
+    is_given = password not in ('', 'REDACTED')  # a copy of the DVD by cloud-init has REDACTED
     if is_given:
         store_password(name, password)
         say_done('Password set')
@@ -1552,12 +1562,12 @@ def save_data():
         root = retry('data', request_dvd, attempts=DVD_ATTEMPTS)
     except Failed:
         return  # not a failure: a VM may be without a DVD
-    custom_data = find_text(root, f'{OVF_PATH}/CustomData')
+    custom_data = find_dvd_text(root, 'CustomData')
     save_decoded('customData', f'{STATE_FOLDER}/custom-data', custom_data)
 
 
 def save_decoded(label, path, text):
-    """Write what a text in base64 encodes. If that is nothing, remove the file of an earlier VM."""
+    """Decode a text in base64, and write it to a file. Nothing: remove the file of before."""
     text = ''.join(split_words(text))
     if not is_base64(text):
         raise Failed(f'{label}: no base64')
@@ -1634,7 +1644,7 @@ def find_client(interface):
     return ''
 
 
-DHCPCD_PID = '/run/dhcpcd/pid'  # of a dhcpcd for all interfaces; one for each would ignore -h
+DHCPCD_PID = '/run/dhcpcd/pid'  # of a dhcpcd for all interfaces; that of a single one ignores -h
 
 
 def dhcpcd_lease(interface):

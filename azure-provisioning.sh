@@ -80,12 +80,12 @@ has_reply='' # whether any server has answered so far
 
 CONNECT_LIMIT=3        # seconds to connect, at most; they are part of the timeout
 BODY_LIMIT=65536       # bytes of a reply's body, at most
-ABSENCES_NEEDED=5      # IMDS is believed after so many replies that there is no such value
+ABSENCES_NEEDED=5      # replies of IMDS that there is no such value, before it is believed
 DVD_ATTEMPTS=30        # to read the DVD, as the drive, or the medium in it, may come late
-ATTEMPTS_BEFORE_DVD=60 # to get a value from IMDS that the DVD has, too: five minutes
+ATTEMPTS_BEFORE_DVD=60 # to get a value from IMDS; then the DVD is read: after five minutes
 NEWLINE='
 '
-WHITE_SPACE=$(printf ' \t\n\r') # that of XML. The line feed does not come last: $() removes those.
+WHITE_SPACE=$(printf ' \t\n\r') # of XML. $() would remove a line feed at the end: it is not there.
 
 # A text that cannot be used is replaced by this character, which no valid value has.
 INVALID=$(printf '\001')
@@ -300,7 +300,7 @@ run_twice() {
     run "$@"
 }
 
-# read_output COMMAND [ARGUMENT]...: run a command that only tells something; sets $value to what it
+# read_output COMMAND [ARGUMENT]...: run a command that changes nothing; sets $value to what it
 # prints, '' if it fails. The text has no line feeds at its end.
 read_output() {
     value=$("$@" </dev/null 2>/dev/null) || value=''
@@ -380,12 +380,12 @@ sync_path() {
 # ---- HTTP --------------------------------------------------------------------------------------
 
 # exchange LABEL URL DATA LIMIT [--header HEADER]...: send a POST with the data, or a GET if they
-# are ''; sets $status of the reply, and $body. Can fail. LIMIT: of the body, in bytes. The time
-# limit of the whole exchange is TIMEOUT.
+# are ''; sets $status of the reply, and $body. Can fail. LIMIT: bytes of the body, at most. The
+# whole exchange may take TIMEOUT seconds.
 #
 # what comes                   $status  $problem         the outcome
-# nothing, or no whole status  000      no connection    fails: LABEL: no connection; sets $no_reply
-# nothing in time              000      timed out        fails: LABEL: timed out; sets $no_reply
+# nothing, or no whole status  000      no connection    fails: LABEL: no connection; $no_reply: yes
+# nothing in time              000      timed out        fails: LABEL: timed out; $no_reply: yes
 # what is not HTTP             000      broken reply     fails: LABEL: broken reply
 # a bad status                 404      any              fails: LABEL: HTTP 404
 # 200, but half a body         200      broken reply     fails: LABEL: broken reply
@@ -396,7 +396,7 @@ sync_path() {
 # For a POST, each 2xx is as good as 200.
 exchange() {
     local label="$1" url="$2" data="$3" limit="$4" problem
-    local most=$((limit + 100)) # bytes of a body and of the three lines behind it
+    local most_bytes=$((limit + 100)) # of a body and the three lines behind it
     shift 4
     set -- "$@" \
         --header "User-Agent: azure-provisioning/$VERSION" \
@@ -409,7 +409,9 @@ exchange() {
         else
             # head cuts off what split_reply would refuse. The shell would drop a NUL byte: tr makes
             # it INVALID.
-            split_reply "$(send_with_wget "$@" | head -c $((most + 1)) | tr '\000' "$INVALID")"
+            split_reply "$(send_with_wget "$@" |
+                head -c $((most_bytes + 1)) |
+                tr '\000' "$INVALID")"
         fi
     } 2>/dev/null # without the messages of the programs, and Bash's warning of a NUL byte
     case $status:$problem in
@@ -496,10 +498,10 @@ send_with_wget() {
 }
 
 # split_reply REPLY: take apart what send_with_curl or send_with_wget printed, line by line from the
-# end; sets $status, $body and its caller's $problem. Uses its caller's $limit and $most.
+# end; sets $status, $body and its caller's $problem. Uses its caller's $limit and $most_bytes.
 split_reply() {
     local rest="$1" size
-    if [ "${#rest}" -gt $most ]; then
+    if [ "${#rest}" -gt $most_bytes ]; then
         status=000
         problem='reply too large'
         body=''
@@ -550,8 +552,8 @@ is_status() {
 # with a status:
 # - 404. But that is also its reply to all requests while it starts.
 # - 400, if it is too old to know the value.
-# So it is believed after ABSENCES_NEEDED such replies in all; or, with fewer attempts than that, if
-# each of them has ended so.
+# So it is believed after ABSENCES_NEEDED such replies, which need not come in a row. With fewer
+# attempts than that, each has to end so.
 retry() {
     local step="$1" attempts="$2" necessity="$3" attempt=0 absences=0 last_reason='' question=''
     local routes_before
@@ -560,7 +562,7 @@ retry() {
         attempt=$((attempt + 1))
         read_routes
         routes_before=$routes
-        status=000 # exchange sets these two
+        status=000 # exchange may change these two
         no_reply=''
         if "$@"; then
             return 0
@@ -717,8 +719,8 @@ read_xml() {
         is_blank "${before#"$byte_order_mark"}" || return 1
     fi
     for piece in ${body#"$before<"}; do # IFS cuts at each '<'
-        if is_in_markup "$piece"; then
-            text=$INVALID # that of the element around the comment
+        if skip_markup "$piece"; then
+            text=$INVALID # for the element that the comment is in
         else
             read_piece "$piece" || return 1
         fi
@@ -726,10 +728,10 @@ read_xml() {
     [ -n "$root_seen" ] && [ -z "$path" ] && [ -z "$markup_end" ] # nothing is open
 }
 
-# is_in_markup PIECE: whether it is in a comment, or in an instruction such as <?xml ... ?>. There,
-# a '<' is a character like others, so that it may have several pieces: sets $markup_end to its end,
-# or to '' if that is in this piece.
-is_in_markup() {
+# skip_markup PIECE: skip it if it is in a comment, or in an instruction such as <?xml ... ?>;
+# returns 1 if it is in neither. They may have a '<' in them, and so have several pieces: sets
+# $markup_end to the end to look for in the next piece, '' if it is in this one.
+skip_markup() {
     local rest="$1"
     if [ -z "$markup_end" ]; then
         case $1 in
@@ -767,7 +769,7 @@ read_piece() {
     name=${name%%["$WHITE_SPACE"/]*}
     name=${name##*:}
     case $tag in
-    "$name" | "/$name") ;;                     # so are most tags
+    "$name" | "/$name") ;;                     # nothing but a name, as in most tags
     */["$WHITE_SPACE"]*) return 1 ;;           # a '/' that ends no tag
     *) has_paired_quotes "$tag" || return 1 ;; # the '>' was in an attribute
     esac
@@ -869,7 +871,7 @@ squeeze() {
     local IFS="$WHITE_SPACE"
     # shellcheck disable=SC2086 # split into words
     set -- $1
-    # Between two CR there is an empty word, as POSIX wants. The second time, it goes.
+    # POSIX wants an empty word between two CR. Splitting again removes it.
     # shellcheck disable=SC2048,SC2086
     set -- $*
     value="$*" # a space, the first character of IFS, stands between the words
@@ -937,25 +939,25 @@ is_hostname() {
 }
 
 # store_hostname NAME: set the hostname without systemd: in the kernel for this boot, in a file for
-# later ones. Fails if one of the two is not set. The reason has all that failed. For example:
+# later ones. Fails if one of the two is not set. The reason names all that failed. For example:
 #     hostnamectl failed; cannot write /etc/hostname, so web-1 lasts until the next boot
 store_hostname() {
-    local name="$1" problems='' until='' is_set=''
+    local name="$1" problems='' until='' kernel_has_name=''
     if has_command hostnamectl; then
         problems='hostnamectl failed; '
     fi
     if set_kernel_hostname "$name"; then
-        is_set=yes
+        kernel_has_name=yes
     else
         problems="${problems}cannot set the kernel's hostname; "
     fi
     if ! write_file /etc/hostname 644 '' printf '%s\n' "$name"; then
-        if [ -n "$is_set" ]; then
+        if [ -n "$kernel_has_name" ]; then
             until=", so $name lasts until the next boot"
         fi
         fail "$problems$reason$until" || return
     fi
-    [ -n "$is_set" ] || fail "${problems%; }"
+    [ -n "$kernel_has_name" ] || fail "${problems%; }"
 }
 
 # set_kernel_hostname NAME: set the kernel's hostname; returns whether that worked
@@ -976,7 +978,8 @@ set_kernel_hostname() {
 # DVD_PATH: its path on the DVD.
 # $value is '' if IMDS does not have an optional property.
 #
-# An absent value, too, is looked for on the DVD. Without a drive, only IMDS is asked: 3 below.
+# The DVD is also read if IMDS says that there is no such value. Without a drive, only step 3 is
+# done.
 request_property() {
     local step="$1" leaf="$2" dvd_path="$3" necessity="$4" attempts="$ATTEMPTS_BEFORE_DVD"
     property_origin=imds
@@ -990,7 +993,8 @@ request_property() {
         fi
         # 2. Look on the DVD.
         if retry "$step" "$DVD_ATTEMPTS" required request_dvd; then
-            find_squeezed "$OVF_PATH/$dvd_path"
+            find_dvd_text "$dvd_path"
+            squeeze "$value"
             if [ -n "$value" ]; then
                 property_origin=dvd
                 return 0
@@ -1006,7 +1010,8 @@ has_dvd_drive() {
     [ -e /dev/sr0 ]
 }
 
-# request_text LEAF: sets $value to a value from IMDS, squeezed. Can fail, also if it is empty.
+# request_text LEAF: sets $value to a value from IMDS, squeezed; can fail. An empty value is a
+# failure.
 request_text() {
     request_leaf "$1" || return
     squeeze "$value"
@@ -1180,7 +1185,8 @@ create_user() {
     grant_root "$name"
 }
 
-# is_user_name TEXT: whether it is a user name with a small letter, as sudo reads ALL as everybody
+# is_user_name TEXT: whether it is a user name. It has a small letter: to sudo, ALL would be
+# everybody.
 is_user_name() {
     case $1 in
     '' | root | *[!A-Za-z0-9._-]* | [!A-Za-z_]*) return 1 ;;
@@ -1262,23 +1268,21 @@ find_keys() {
 }
 
 # find_password_ban: sets $value to true if the DVD forbids passwords for SSH, to false if it allows
-# them, or to another text
+# them. Any other text is kept as it is.
 find_password_ban() {
-    find_squeezed "$OVF_PATH/DisableSshPasswordAuthentication"
+    find_dvd_text DisableSshPasswordAuthentication
+    squeeze "$value"
     case $value in
     [Tt][Rr][Uu][Ee]) value=true ;;
     [Ff][Aa][Ll][Ss][Ee]) value=false ;;
     esac
 }
 
-# pick_keys NUMBER TEXT: add the valid SSH keys in the text with this number to $keys; say of each
-# key if it is valid
+# pick_keys NUMBER TEXT: add the valid SSH keys in the text with this number to $keys. Print of each
+# key if it is valid.
 pick_keys() {
     local key IFS="$NEWLINE"
     split_keys "$2"
-    if [ -z "$value" ]; then
-        value=$INVALID # so that the loop complains once
-    fi
     for key in $value; do
         squeeze "$key"
         if is_ssh_key "$value"; then
@@ -1290,7 +1294,7 @@ pick_keys() {
     done
 }
 
-# split_keys TEXT: sets $value to the keys in a text, a line each
+# split_keys TEXT: sets $value to the keys in a text, a line each; to INVALID if there are none
 #
 # Azure may break a key into lines, and a user may give several keys. So a line is a part of the key
 # before it, unless it begins with a type, or with options and a type:
@@ -1311,7 +1315,7 @@ split_keys() {
         esac
         split=$split$each
     done
-    value=$split
+    value=${split:-$INVALID} # pick_keys has to say that it is not valid
 }
 
 # is_ssh_key TEXT: whether it is an OpenSSH public key: TYPE BASE64 [COMMENT]
@@ -1736,34 +1740,44 @@ request_dvd() {
     read_xml Environment "$paths" || fail 'ovf-env.xml: not an OVF environment'
 }
 
+# find_dvd_text PATH: sets $value to the text of the first element at a path on the DVD, with its
+# entities decoded; '' if there is none
+find_dvd_text() {
+    find_text "$OVF_PATH/$1"
+    decode_entities "$value"
+}
+
 # decode_entities TEXT: sets $value to a text of read_xml with the entities decoded, such as &amp;
 # and &#13; and &#xD;. Any other '&' becomes INVALID.
 decode_entities() {
-    local rest="$1" character
-    value=''
-    while [ "${rest%%'&'*}" != "$rest" ]; do # there is an '&' in it
-        value=$value${rest%%'&'*}
-        rest=${rest#*'&'}
-        find_character "${rest%%;*}" || character=$INVALID
-        value=$value$character
-        rest=${rest#*;}
+    local rest piece character IFS='&'
+    value=${1%%'&'*}
+    rest=${1#"$value"}           # from the first '&' on
+    for piece in ${rest#'&'}; do # IFS cuts at each '&': amp;TEXT
+        find_character "$piece" || character=$INVALID
+        value=$value$character${piece#*;}
     done
-    value=$value$rest
+    case $rest in
+    *'&') value=$INVALID ;; # the loop does not see an empty piece at the end
+    esac
 }
 
-# find_character ENTITY: sets its caller's $character to what an entity stands for: amp, or #38, or
-# #x26. Returns 1 if that is not ASCII, or a NUL byte.
+# find_character PIECE: sets its caller's $character to what the entity before the first ';' stands
+# for: amp, or #38, or #x26. Returns 1 if that is not ASCII, or a NUL byte.
 find_character() {
-    local code=''
-    case $1 in
+    local entity="${1%%;*}" code=''
+    if [ "$entity" = "$1" ]; then # no ';'
+        return 1
+    fi
+    case $entity in
     amp) character='&' ;;
     lt) character='<' ;;
     gt) character='>' ;;
     quot) character='"' ;;
     apos) character="'" ;;
     '#x0' | '#x00') return 1 ;;
-    '#x'[0-9A-Fa-f] | '#x'[0-7][0-9A-Fa-f]) code=$((0x${1#'#x'})) ;;
-    '#'[1-9] | '#'[1-9][0-9] | '#1'[01][0-9] | '#12'[0-7]) code=${1#'#'} ;;
+    '#x'[0-9A-Fa-f] | '#x'[0-7][0-9A-Fa-f]) code=$((0x${entity#'#x'})) ;;
+    '#'[1-9] | '#'[1-9][0-9] | '#1'[01][0-9] | '#12'[0-7]) code=${entity#'#'} ;;
     *) return 1 ;;
     esac
     if [ -n "$code" ]; then
@@ -1793,8 +1807,8 @@ may_be_utf_8() {
     esac
 }
 
-# mount_dvd: mount the DVD where only root can see it, unless it is still mounted, as umount failed.
-# Can fail.
+# mount_dvd: mount the DVD where only root can see it, also in a dry run, unless an earlier umount
+# failed. Can fail.
 mount_dvd() {
     if [ -e "$OVF_FILE" ]; then
         return 0
@@ -1819,16 +1833,16 @@ set_password() {
     local name password is_given=''
     say 'Retrieving password from the DVD'
     retry password "$DVD_ATTEMPTS" required request_dvd || return
-    find_squeezed "$OVF_PATH/UserName"
+    find_dvd_text UserName
+    squeeze "$value"
     name=$value
     is_user_name "$name" || fail 'no valid user name' || return
-    find_text "$OVF_PATH/UserPassword"
-    decode_entities "$value"
+    find_dvd_text UserPassword
     password=$value
     if has_control_character "$password" || [ "${#password}" -gt 72 ]; then # bytes; Azure's limit
         fail 'no valid password' || return
     fi
-    if [ -n "$password" ] && [ "$password" != REDACTED ]; then # that is in cloud-init's copy
+    if [ -n "$password" ] && [ "$password" != REDACTED ]; then # a copy by cloud-init has REDACTED
         store_password "$name" "$password" || return
         say_done 'Password set'
         is_given=yes
@@ -2002,13 +2016,12 @@ save_data() {
     save_decoded userData "$STATE_FOLDER/user-data" "$value" || return
     say 'Retrieving custom data from the DVD'
     if retry data "$DVD_ATTEMPTS" required request_dvd; then # a VM may be without a DVD
-        find_text "$OVF_PATH/CustomData"
-        decode_entities "$value"
+        find_dvd_text CustomData
         save_decoded customData "$STATE_FOLDER/custom-data" "$value"
     fi
 }
 
-# save_decoded LABEL FILE TEXT: write what a text in base64 encodes. If that is nothing, remove the
+# save_decoded LABEL FILE TEXT: decode a text in base64, and write it to a file. Nothing: remove the
 # file of an earlier VM. Can fail.
 save_decoded() {
     remove_white_space "$3"
@@ -2114,7 +2127,7 @@ find_client() {
     done
 }
 
-DHCPCD_PID=/run/dhcpcd/pid # of a dhcpcd for all interfaces; one for each would ignore -h
+DHCPCD_PID=/run/dhcpcd/pid # of a dhcpcd for all interfaces; that of a single one ignores -h
 
 # dhcpcd_lease: sets $value to the path of dhcpcd's lease for $interface, a file that stays when
 # dhcpcd ends

@@ -98,7 +98,7 @@ DROP_INS = $(wildcard drop-ins/*.conf)
 NEEDED_DROP_INS = $(filter $(STEPS:%=drop-ins/%.conf),$(DROP_INS))
 
 # A step before ready must give up before Azure does. Otherwise Azure is never told NotReady.
-LIMIT = Environment=AZURE_PROVISIONING_ATTEMPTS=900
+LIMIT = Environment=AZURE_PROVISIONING_ATTEMPTS=450
 IS_READY_FIRST = $(filter ready,$(firstword $(STEPS)))
 IS_PUBLISH_EARLY = $(filter publish,$(firstword $(filter publish hostname,$(STEPS))))
 

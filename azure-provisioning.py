@@ -82,6 +82,7 @@ settings = types.SimpleNamespace(
     timeout=30,  # seconds
     extra_groups='',
     dry_run=False,
+    steps=['ready', 'hostname', 'disable'],
 )
 
 # What changes during a run.
@@ -155,13 +156,15 @@ def usage_error(message):
 
 def main(arguments):
     """Provision the VM; return the exit status."""
+    os.environ['LC_ALL'] = 'C'
     os.umask(0o077)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # end without a traceback
-    steps = parse_arguments(arguments) or ['ready', 'hostname', 'disable']
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides how commands end
+    settings.steps = parse_arguments(arguments) or settings.steps
     read_settings()
-    if 'remember' in steps and is_remembered():
+    if 'remember' in settings.steps and is_remembered():
         return 0
-    return run_steps(steps)
+    return run_steps()
 
 
 def find_step(name):
@@ -234,16 +237,16 @@ def read_groups(name, default):
     return groups
 
 
-def run_steps(steps):
+def run_steps():
     """Run the steps until one fails; return the exit status."""
     tried = []
-    for step in steps:
+    for step in settings.steps:
         tried.append(step)
         try:
             run_step(step)
         except Failed as failure:
             complain(f'{step}: {failure}')
-            if 'ready' in steps and 'ready' not in tried:
+            if 'ready' in settings.steps and 'ready' not in tried:
                 report_not_ready(f'{step}: {failure}')
             return 1
     return 0
@@ -298,7 +301,9 @@ def run_even_dry(*command, input_line=None):
     if input_line is not None:
         input_bytes = f'{input_line}\n'.encode(BYTE_ENCODING)
     try:
-        return subprocess.run(command, input=input_bytes).returncode == 0
+        # Without restore_signals, a command goes on if nobody reads its output.
+        done = subprocess.run(command, input=input_bytes, restore_signals=False)
+        return done.returncode == 0
     except OSError:
         return False
 
@@ -478,7 +483,7 @@ def do_exchange(url, headers, data, limit, reply):
 
 def read_body(response, limit, reply):
     """Set reply.body to the body of a response; return what is wrong with it, or ''."""
-    lengths = set(response.headers.get_all('Content-Length', []))
+    lengths = {each.strip(' \t') for each in response.headers.get_all('Content-Length', [])}
     if len(lengths) > 1 or not all(re.fullmatch('[0-9]+', length) for length in lengths):
         return 'broken reply'
     if any(int(length) > limit for length in lengths):
@@ -490,7 +495,7 @@ def read_body(response, limit, reply):
     if len(body) > limit:
         return 'reply too large'
     # The shell cannot hold a NUL byte, so that both programs refuse all values of such a body.
-    if b'\0' in body:
+    if b'\0' in body or INVALID.encode() in body:
         body = INVALID.encode()
     reply.body = body
     return ''
@@ -499,8 +504,17 @@ def read_body(response, limit, reply):
 class StrictResponse(http.client.HTTPResponse):
     """A response whose chunk sizes are hexadecimal digits alone.
 
-    http.client calls this method. Its own would also take 0x10 and +5.
+    http.client calls these methods. Its own would not see that a body is 'chunked ', with a blank
+    behind the word; and they would take the sizes 0x10 and +5.
     """
+
+    def begin(self):
+        super().begin()
+        encoding = self.headers.get('Transfer-Encoding', '')
+        if encoding.strip(' \t').lower() == 'chunked':
+            self.chunked = True
+            self.chunk_left = None
+            self.length = None
 
     def _read_next_chunk_size(self):
         line = self.fp.readline(1000)
@@ -938,6 +952,7 @@ KEY_BEGINNINGS = (
 )
 
 NO_LOGIN_REASON = 'no valid SSH key, and no password'
+RESERVED_NUMBERS = range(60001, 65536)  # of nobody, and of other accounts of distributions
 
 
 def create_user():
@@ -947,7 +962,7 @@ def create_user():
     if not is_user_name(name):
         raise Failed('no valid user name')
     say(f'User: {name}')
-    keys = request_keys() if dvd_root is None else find_keys(dvd_root)
+    keys = request_login(dvd_root)
     if not find_account(name):
         add_account(name)
         if settings.dry_run:  # there is no account, and so no home to look at
@@ -963,6 +978,8 @@ def create_user():
     unlock_account(account)
     if keys:
         authorize_keys(account, keys)
+    else:
+        make_home(account)
     join_groups(name)
     grant_root(name)
 
@@ -974,6 +991,17 @@ def is_user_name(text):
         and re.search('[a-z]', text) is not None
         and text != 'root'
     )
+
+
+def request_login(dvd_root):
+    """Return the user's valid SSH keys, of the DVD if its root element is given, or of IMDS.
+
+    Raise Failed if the VM would be Ready, and nobody could log in.
+    """
+    keys = request_keys() if dvd_root is None else find_keys(dvd_root)
+    if not keys and 'ready' in settings.steps and 'password' not in settings.steps:
+        raise Failed('no valid SSH key, and no step that sets the password')
+    return keys
 
 
 def request_keys():
@@ -1009,8 +1037,8 @@ def request_keys():
 def request_imds_keys(optional):
     """Return the valid SSH keys of IMDS, and whether it has any text as a key, valid or not.
 
-    optional: IMDS may have no list of keys, and empty keys. If False, no list is a failed attempt,
-    and so is an empty key.
+    optional: IMDS may have no list of keys, and not the text of each key. If False, that is a
+    failed attempt.
     """
     request_function = request_leaf
     if not optional:
@@ -1022,11 +1050,22 @@ def request_imds_keys(optional):
         is_next = name in (f'{number}/', str(number))  # with or without its '/'
         if not is_next or number > 99:
             raise Failed('publicKeys: no valid list')
-        leaf = f'publicKeys/{number}/keyData'
-        text = retry('user', request_function, leaf, optional=optional)
-        has_key_text = has_key_text or squeeze(text) != ''
+        text = retry('user', request_key_data, number, optional=optional)
+        has_key_text = has_key_text or text != ''
         keys += pick_keys(number, text)
     return keys, has_key_text
+
+
+def request_key_data(number):
+    """Return the text of a key that IMDS lists.
+
+    Raise Failed if it is empty, with the status of a value that IMDS does not have: it may be
+    starting.
+    """
+    text = request_leaf(f'publicKeys/{number}/keyData')
+    if not squeeze(text):
+        raise Failed('keyData: empty', status=404)
+    return text
 
 
 def find_keys(dvd_root):
@@ -1155,7 +1194,7 @@ def add_account(name):
 
 
 def is_system_account(account):
-    """Whether an account is not for people: its number is below UID_MIN in /etc/login.defs.
+    """Whether an account is not for people, by its number. UID_MIN is in /etc/login.defs.
 
     Raise Failed if that cannot be read.
     """
@@ -1164,7 +1203,8 @@ def is_system_account(account):
         words = split_words(line)
         if len(words) == 2 and words[0] == 'UID_MIN' and is_number(words[1]):
             least = int(words[1])
-    return account.owner[0] < least
+    number = account.owner[0]
+    return number < least or number in RESERVED_NUMBERS
 
 
 def unlock_account(account):
@@ -1228,8 +1268,8 @@ def expand_pattern(account, pattern):
 
     Return '' if it is 'none', or has a '%' that is not known here.
     """
-    values = {'%h': account.home, '%u': account.name}
-    parts = re.findall('%.?|[^%]+', pattern)  # '%' and a letter, or text without a '%'
+    values = {'%h': account.home, '%u': account.name, '%U': str(account.owner[0]), '%%': '%'}
+    parts = re.findall('%.?|[^%]+', to_path(pattern))  # '%' and a letter, or text without a '%'
     if pattern == 'none' or any(part[0] == '%' and part not in values for part in parts):
         return ''
     path = ''.join(values.get(part, part) for part in parts)
@@ -1363,7 +1403,8 @@ def check_sudo(name):
     if settings.dry_run:
         return
     rights = read_output('sudo', '-n', '-l', '-U', name)
-    if not rights.endswith('(ALL : ALL) NOPASSWD: ALL'):  # the last rule is printed last
+    all_rights = ('(ALL : ALL) NOPASSWD: ALL', '(ALL) NOPASSWD: ALL')
+    if not rights.endswith(all_rights):  # the last rule is printed last
         complain(f'user: sudo does not say that {name} may do all without a password')
 
 
@@ -1446,6 +1487,11 @@ SSHD_KEYWORDS = (
 )
 
 
+# What stands in place of a password: nothing, as with a key; and in copies of ovf-env.xml, what
+# cloud-init and the Azure agent write.
+NO_PASSWORDS = ('', 'REDACTED', '*')
+
+
 def set_password():
     """Set the password of the admin user, and have sshd take passwords or not."""
     say('Retrieving password from the DVD')
@@ -1456,7 +1502,7 @@ def set_password():
     password = find_dvd_text(root, 'UserPassword')
     if has_control_character(password) or len(password) > 72:  # bytes; Azure allows no more
         raise Failed('no valid password')
-    is_given = password not in ('', 'REDACTED')  # a copy of the DVD by cloud-init has REDACTED
+    is_given = password not in NO_PASSWORDS
     if is_given:
         store_password(name, password)
         say_done('Password set')
@@ -1718,7 +1764,7 @@ def run_second_dhclient(interface):
     its identity (DUID), so that it gets the same address. It does not have the lease, as it would
     use that and ask nobody. Instead of the script that sets up the interface, it runs /bin/true.
     """
-    words = find_process('dhclient', interface).split(' ')[2:]  # without PID and command
+    words = split_words(to_path(find_process('dhclient', interface)))[2:]  # not PID and command
     if not words:  # it has ended
         return False
     leases = find_value('-lf', words) or '/var/lib/dhcp/dhclient.leases'

@@ -352,8 +352,11 @@ replace_file() {
     if [ -d "$file" ]; then # mv would put the new file into it
         return 1
     fi
+    if [ -e "$new" ] || [ -L "$new" ]; then # another copy is writing it; or it is a FIFO, say
+        return 1
+    fi
     ( # a subshell, so that set -C ends with it
-        set -C # fails if the file is there: another copy is writing it
+        set -C # fails if there is a file now
         "$@" >"$new"
     ) || return 1
     if [ -n "$mode" ]; then
@@ -519,6 +522,7 @@ split_reply() {
     fi
     case $status:$problem in
     000:lost) problem='no connection' ;;
+    000:none) problem='broken reply' ;; # curl before 7.66 takes what is not HTTP
     *:lost) problem='broken reply' ;;
     esac
     if [ "${#body}" -gt "$limit" ]; then
@@ -701,8 +705,8 @@ request_goal_state() {
 #     /a>               INVALID    b>2<c><
 #
 # Azure does not send these, and they are not read as other programs read them:
-# - A document type definition, CDATA, a '>' or '/ ' in an attribute, a tag of over 1,000 characters
-#   and very deep elements are refused.
+# - A document type definition, CDATA, a '>' in an attribute, a tag of over 1,000 characters and
+#   very deep elements are refused.
 # - A text with a comment in it is INVALID.
 # - Text behind a comment outside of the root is ignored.
 # Entities, such as &amp;, stay as they are: see decode_entities.
@@ -769,9 +773,8 @@ read_piece() {
     name=${name%%["$WHITE_SPACE"/]*}
     name=${name##*:}
     case $tag in
-    "$name" | "/$name") ;;                     # nothing but a name, as in most tags
-    */["$WHITE_SPACE"]*) return 1 ;;           # a '/' that ends no tag
-    *) has_paired_quotes "$tag" || return 1 ;; # the '>' was in an attribute
+    "$name" | "/$name") ;;                        # nothing but a name, as in most tags
+    *) has_valid_attributes "$tag" || return 1 ;; # the '>' may be in an attribute
     esac
     case $tag in
     /*)
@@ -790,11 +793,15 @@ read_piece() {
     fi
 }
 
-# has_paired_quotes TAG: whether each quote in it has a second one of its kind
-has_paired_quotes() {
+# has_valid_attributes TAG: whether each quote in it has a second one of its kind, and no '/'
+# outside of quotes stands before white space
+has_valid_attributes() {
     local rest="$1" before
     while :; do
         before=${rest%%[\"\']*}
+        case $before in
+        */["$WHITE_SPACE"]*) return 1 ;;
+        esac
         rest=${rest#"$before"} # from the next quote on
         case $rest in
         '') return 0 ;;
@@ -1155,11 +1162,7 @@ create_user() {
     name=$value
     is_user_name "$name" || fail 'no valid user name' || return
     say "User: $name"
-    if [ "$property_origin" = dvd ]; then
-        find_keys || return
-    else
-        request_keys || return
-    fi
+    request_login || return
     find_account "$name" || return
     if [ -z "$account" ]; then
         add_account "$name" || return
@@ -1180,6 +1183,8 @@ create_user() {
     unlock_account || return
     if [ -n "$keys" ]; then
         authorize_keys || return
+    else
+        make_home || return
     fi
     join_groups "$name" || return
     grant_root "$name"
@@ -1193,6 +1198,19 @@ is_user_name() {
     *[a-z]*) [ "${#1}" -le 32 ] ;;
     *) return 1 ;;
     esac
+}
+
+# request_login: sets $keys to the user's valid SSH keys, of the DVD if $property_origin is dvd, or
+# of IMDS. Fails if the VM would be Ready, and nobody could log in.
+request_login() {
+    if [ "$property_origin" = dvd ]; then
+        find_keys || return
+    else
+        request_keys || return
+    fi
+    if [ -z "$keys" ] && has_word ready "$steps" && ! has_word password "$steps"; then
+        fail 'no valid SSH key, and no step that sets the password'
+    fi
 }
 
 # request_keys: sets $keys to the user's valid SSH keys, a line each. Fails if there is neither a
@@ -1224,7 +1242,8 @@ request_keys() {
 # request_imds_keys required|optional: sets $keys to the valid SSH keys of IMDS, and $has_key_text
 # if it has any text as a key, valid or not; can fail
 #
-# required: no list is a failed attempt, and so is an empty key.
+# optional: IMDS may have no list of keys, and not the text of each key. If required, that is a
+# failed attempt.
 request_imds_keys() {
     local names name number=0 request_function=request_leaf IFS=' '
     keys=''
@@ -1239,13 +1258,23 @@ request_imds_keys() {
         if [ "${name%/}" != $number ] || [ $number -gt 99 ]; then # with or without its '/'
             fail 'publicKeys: no valid list' || return
         fi
-        retry user "$ATTEMPTS" "$1" $request_function publicKeys/$number/keyData || return
-        if ! is_blank "$value"; then
+        retry user "$ATTEMPTS" "$1" request_key_data $number || return
+        if [ -n "$value" ]; then
             has_key_text=yes
         fi
         pick_keys $number "$value"
         number=$((number + 1))
     done
+}
+
+# request_key_data NUMBER: sets $value to the text of a key that IMDS lists. Fails if it is empty,
+# with the $status of a value that IMDS does not have: it may be starting.
+request_key_data() {
+    request_leaf "publicKeys/$1/keyData" || return
+    if is_blank "$value"; then
+        status=404
+        fail 'keyData: empty'
+    fi
 }
 
 # find_keys: sets $keys to the user's valid SSH keys on the DVD; fails as request_keys does
@@ -1417,8 +1446,8 @@ add_account() {
     fi
 }
 
-# is_system_account LOGIN_DEFS: whether the $account is not for people: its $uid is below UID_MIN in
-# /etc/login.defs, whose text is given
+# is_system_account LOGIN_DEFS: whether the $account is not for people, by its $uid. UID_MIN is in
+# /etc/login.defs, whose text is given.
 is_system_account() {
     local each least=1000 IFS="$NEWLINE"
     for each in $1; do
@@ -1431,6 +1460,10 @@ is_system_account() {
             ;;
         esac
     done
+    # These are of nobody, and of other accounts of distributions.
+    if [ "$uid" -gt 60000 ] && [ "$uid" -lt 65536 ]; then
+        return 0
+    fi
     [ "$uid" -lt "$least" ]
 }
 
@@ -1513,8 +1546,8 @@ find_keys_file() {
 }
 
 # expand_pattern PATTERN: sets $value to the path that a word of AuthorizedKeysFile stands for, such
-# as %h/.ssh/keys, for the $account and its $home. Returns 1 if it is 'none', or has a '%' that is
-# not known here.
+# as %h/.ssh/keys, for the $account, its $uid and its $home. Returns 1 if it is 'none', or has a '%'
+# that is not known here.
 expand_pattern() {
     local rest="$1"
     value=''
@@ -1525,6 +1558,8 @@ expand_pattern() {
         case $rest in
         h*) value=$value$home ;;
         u*) value=$value$account ;;
+        U*) value=$value$uid ;;
+        %*) value=$value% ;;
         *) return 1 ;;
         esac
         rest=${rest#?}
@@ -1585,7 +1620,7 @@ make_home() {
         if [ "$owner_of_home" = "$uid" ]; then
             return 0
         fi
-        resolve_symlink "$home"
+        resolve_symlink "$home" || return
         case $owner_of_home:$value in
         0:/*/?*) ;; # not / or /usr, which have to stay root's
         *) fail "$home: belongs to another user" || return ;;
@@ -1669,7 +1704,7 @@ grant_root() {
     add_last_line "$text" "permit nopass $1"
     rules=$value
     if say "$rules" | run doas -C /dev/stdin; then
-        resolve_symlink "$path"
+        resolve_symlink "$path" || return
         path=$value
         if [ -e "$path" ]; then
             mode='' # keeps the one it has
@@ -1698,7 +1733,7 @@ check_sudo() {
     fi
     read_output sudo -n -l -U "$1"
     case $value in
-    *'(ALL : ALL) NOPASSWD: ALL') ;; # the last rule is printed last
+    *'(ALL : ALL) NOPASSWD: ALL' | *'(ALL) NOPASSWD: ALL') ;; # the last rule is printed last
     *) complain "user: sudo does not say that $1 may do all without a password" ;;
     esac
 }
@@ -1842,11 +1877,16 @@ set_password() {
     if has_control_character "$password" || [ "${#password}" -gt 72 ]; then # bytes; Azure's limit
         fail 'no valid password' || return
     fi
-    if [ -n "$password" ] && [ "$password" != REDACTED ]; then # a copy by cloud-init has REDACTED
+    # What stands in place of a password: nothing, as with a key; and in copies of ovf-env.xml, what
+    # cloud-init and the Azure agent write.
+    case $password in
+    '' | REDACTED | '*') ;;
+    *)
         store_password "$name" "$password" || return
         say_done 'Password set'
         is_given=yes
-    fi
+        ;;
+    esac
     find_password_ban
     if [ "$value" = true ]; then
         configure_sshd "$name" no
@@ -1913,7 +1953,7 @@ configure_sshd() {
         fail "$SSHD_DEFAULT: no Include $SSHD_DROP_INS at the top" || return
     else
         drop_our_lines
-        resolve_symlink "$SSHD_CONFIG"
+        resolve_symlink "$SSHD_CONFIG" || return
         path=$value
         if [ -n "$text" ]; then
             text=$text$NEWLINE
@@ -1991,9 +2031,13 @@ has_line() {
     esac
 }
 
-# resolve_symlink PATH: sets $value to the path where a symlink leads to, or else to the same path
+# resolve_symlink PATH: sets $value to the path where a symlink leads to, or else to the same path.
+# Fails if that cannot be found out.
 resolve_symlink() {
-    value=$(readlink -f "$1") || value=$1
+    value=$1
+    if [ -L "$1" ] || [ -e "$1" ]; then
+        value=$(readlink -f "$1") || fail "cannot read $1"
+    fi
 }
 
 # reload_sshd: have sshd read its configuration again, if it is running. If not, it will at its

@@ -38,7 +38,7 @@ def good_run():
 
 
 SILENT = [Answer('fault', 'silent')]
-FEW = '[Service]\nEnvironment=AZURE_PROVISIONING_ATTEMPTS=3\n'  # attempts, not 900
+FEW = '[Service]\nEnvironment=AZURE_PROVISIONING_ATTEMPTS=3\n'  # attempts, not 450
 BLOCK = """#!/bin/bash
 exec 3<>/dev/tcp/168.63.129.16/80
 printf "GET /in-%s-$1 HTTP/1.1\\r\\n\\r\\n" >&3

@@ -38,7 +38,7 @@ ONLY_SHELL = {
     'is_status': 'the same',
     'skip_markup': 'Python has an XML parser',
     'read_piece': 'Python has an XML parser',
-    'has_paired_quotes': 'Python has an XML parser',
+    'has_valid_attributes': 'Python has an XML parser',
     'open_element': 'Python has an XML parser',
     'close_element': 'Python has an XML parser',
     'is_blank': 'Python has an XML parser',

@@ -116,6 +116,18 @@ def nobody_listens(program):
             assert asked == ['GET ', 'POST'], host.requests
 
 
+def ignored_sigchld(program):
+    """A command that fails is seen to fail, though whoever starts the program ignores SIGCHLD."""
+    command = 'sh -c \'trap "" CHLD; exec "$@"\' sh %s' % program
+    with Host(good()) as host:
+        process = start(command, host, 'disable', FAILING='systemctl rc-update')
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 1, process.returncode
+    assert stderr == 'disable: neither systemctl nor rc-update disabled azure-provisioning\n', (
+        stderr
+    )
+
+
 def closed_stderr(program):
     """A step that fails ends the run, a bad setting is refused, though stderr is closed."""
     command = 'sh -c \'exec "$@" 2>&-\' sh %s' % program
@@ -195,6 +207,7 @@ CHECKS = [
     sigterm,
     sigint,
     nobody_listens,
+    ignored_sigchld,
     closed_stderr,
     network_comes,
     without_hostnamectl,

@@ -334,7 +334,7 @@ END
 [Service]
 ExecStart=
 ExecStart=/usr/local/sbin/azure-provisioning user data hostname ready remember
-Environment=AZURE_PROVISIONING_ATTEMPTS=900
+Environment=AZURE_PROVISIONING_ATTEMPTS=450
 END
     make_install ' ready  publish disable '
     [ "$(cd "$drop_ins" && echo *)" = 'publish.conf steps.conf' ]

@@ -158,8 +158,9 @@ def start(words, urls, environment, root=None, namespaces=0, **options):
     """Start a program: its words, base URLs of the WireServer and IMDS, and its environment but for
     these and the stubs.
 
-    PATH is this process's, where the environment has none. A root may have more namespaces than
-    those for mounts and the hostname. Options are those of subprocess.Popen.
+    PATH is this process's, where the environment has none. The program has a hostname of its own,
+    and with a root mounts of its own; it may have more namespaces. Options are those of
+    subprocess.Popen.
     """
     check(urls, environment)
     reach = reachable if root else str
@@ -173,7 +174,7 @@ def start(words, urls, environment, root=None, namespaces=0, **options):
     options.update(env=environment, stdin=subprocess.DEVNULL)
     if root:
         return in_root(root, namespaces, lambda: subprocess.Popen(words, **options))
-    return subprocess.Popen(words, **options)
+    return in_namespaces(NAME | namespaces, lambda: subprocess.Popen(words, **options))
 
 
 def check(urls, environment):

@@ -1062,9 +1062,10 @@ def request_key_data(number):
     Raise Failed if it is empty, with the status of a value that IMDS does not have: it may be
     starting.
     """
-    text = request_leaf(f'publicKeys/{number}/keyData')
+    leaf = f'publicKeys/{number}/keyData'
+    text = request_leaf(leaf)
     if not squeeze(text):
-        raise Failed('keyData: empty', status=404)
+        raise Failed(f'{last_part(leaf)}: empty', status=404)
     return text
 
 

@@ -1270,10 +1270,11 @@ request_imds_keys() {
 # request_key_data NUMBER: sets $value to the text of a key that IMDS lists. Fails if it is empty,
 # with the $status of a value that IMDS does not have: it may be starting.
 request_key_data() {
-    request_leaf "publicKeys/$1/keyData" || return
+    local leaf="publicKeys/$1/keyData"
+    request_leaf "$leaf" || return
     if is_blank "$value"; then
         status=404
-        fail 'keyData: empty'
+        fail "${leaf##*/}: empty"
     fi
 }
 

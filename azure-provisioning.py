@@ -12,8 +12,8 @@
 import gc
 import sys
 
-# Look for garbage after 50,000 new objects, not 700. The imports leave none, and looking for it
-# would take a twentieth of the program's CPU.
+# Look for garbage after 50,000 new objects, and not after some hundreds. The imports leave none,
+# and looking for it would take a twentieth of the program's CPU.
 gc.set_threshold(50000)
 # This keeps http.client from importing ssl, which is not used, and would take a quarter of the
 # program's memory.
@@ -92,9 +92,9 @@ run_state = types.SimpleNamespace(
 
 CONNECT_LIMIT = 3  # seconds to connect, at most; they are part of the timeout
 BODY_LIMIT = 65536  # bytes of a reply's body, at most
-ABSENCES_NEEDED = 5  # replies of IMDS that there is no such value, before it is believed
+ABSENCES_NEEDED = 5  # IMDS is believed once it has said so often that there is no such value
 DVD_ATTEMPTS = 30  # to read the DVD, as the drive, or the medium in it, may come late
-ATTEMPTS_BEFORE_DVD = 60  # to get a value from IMDS; then the DVD is read: after five minutes
+ATTEMPTS_BEFORE_DVD = 60  # to get a value from IMDS; then the DVD is read
 WHITE_SPACE = ' \t\n\r'  # the characters that are white space in XML
 ACCOUNT_NAME = '[A-Za-z_][A-Za-z0-9._-]{0,31}'  # a regular expression, for users and groups
 
@@ -505,14 +505,14 @@ class StrictResponse(http.client.HTTPResponse):
     """A response whose chunk sizes are hexadecimal digits alone.
 
     http.client calls these methods. Its own would not see that a body is 'chunked ', with a blank
-    behind the word; and they would take the sizes 0x10 and +5.
+    behind the word, would look for one behind the status 204, and would take the sizes 0x10 and +5.
     """
 
     def begin(self):
         super().begin()
-        encoding = self.headers.get('Transfer-Encoding', '')
-        if encoding.strip(' \t').lower() == 'chunked':
-            self.chunked = True
+        encoding = self.headers.get('Transfer-Encoding', '').strip(' \t').lower()
+        self.chunked = encoding == 'chunked' and self.status != 204  # which has no body
+        if self.chunked:
             self.chunk_left = None
             self.length = None
 
@@ -979,7 +979,7 @@ def create_user():
     if keys:
         authorize_keys(account, keys)
     else:
-        make_home(account)
+        finish_home(account)
     join_groups(name)
     grant_root(name)
 
@@ -1037,8 +1037,7 @@ def request_keys():
 def request_imds_keys(optional):
     """Return the valid SSH keys of IMDS, and whether it has any text as a key, valid or not.
 
-    optional: IMDS may have no list of keys, and not the text of each key. If False, that is a
-    failed attempt.
+    optional: as for retry. If False, IMDS has to have a list, and the text of each key in it.
     """
     request_function = request_leaf
     if not optional:
@@ -1331,6 +1330,14 @@ def make_home(account):
     restore_labels('user', home)
 
 
+def finish_home(account):
+    """Make the home of a user who logs in with a password, which also works without a home."""
+    try:
+        make_home(account)
+    except Failed as failure:
+        complain(f'user: {failure}')
+
+
 def make_readable_folder(folder):
     """Make a folder, and those above it, so that everybody may list and enter them."""
     os.umask(0o022)
@@ -1464,7 +1471,10 @@ def may_be_utf_8(document):
 
 
 def mount_dvd():
-    """Mount the DVD where only root can see it, unless an earlier umount failed."""
+    """Mount the DVD where only root can see it, unless an earlier umount failed.
+
+    A dry run does so, too.
+    """
     if os.path.exists(OVF_FILE):
         return
     is_folder = run_even_dry('mkdir', '-p', DVD_FOLDER)
@@ -1614,7 +1624,7 @@ def save_data():
 
 
 def save_decoded(label, path, text):
-    """Decode a text in base64, and write it to a file. Nothing: remove the file of before."""
+    """Decode a text in base64, and write it to a file. If it is '', remove an earlier VM's file."""
     text = ''.join(split_words(text))
     if not is_base64(text):
         raise Failed(f'{label}: no base64')

@@ -80,12 +80,12 @@ has_reply='' # whether any server has answered so far
 
 CONNECT_LIMIT=3        # seconds to connect, at most; they are part of the timeout
 BODY_LIMIT=65536       # bytes of a reply's body, at most
-ABSENCES_NEEDED=5      # replies of IMDS that there is no such value, before it is believed
+ABSENCES_NEEDED=5      # IMDS is believed once it has said so often that there is no such value
 DVD_ATTEMPTS=30        # to read the DVD, as the drive, or the medium in it, may come late
-ATTEMPTS_BEFORE_DVD=60 # to get a value from IMDS; then the DVD is read: after five minutes
+ATTEMPTS_BEFORE_DVD=60 # to get a value from IMDS; then the DVD is read
 NEWLINE='
 '
-WHITE_SPACE=$(printf ' \t\n\r') # of XML. $() would remove a line feed at the end: it is not there.
+WHITE_SPACE=$(printf ' \t\n\r') # that of XML. $() removes a line feed that comes last: '\r' does.
 
 # A text that cannot be used is replaced by this character, which no valid value has.
 INVALID=$(printf '\001')
@@ -1184,7 +1184,7 @@ create_user() {
     if [ -n "$keys" ]; then
         authorize_keys || return
     else
-        make_home || return
+        finish_home
     fi
     join_groups "$name" || return
     grant_root "$name"
@@ -1242,8 +1242,7 @@ request_keys() {
 # request_imds_keys required|optional: sets $keys to the valid SSH keys of IMDS, and $has_key_text
 # if it has any text as a key, valid or not; can fail
 #
-# optional: IMDS may have no list of keys, and not the text of each key. If required, that is a
-# failed attempt.
+# optional: as for retry. If required, IMDS has to have a list, and the text of each key in it.
 request_imds_keys() {
     local names name number=0 request_function=request_leaf IFS=' '
     keys=''
@@ -1636,6 +1635,11 @@ make_home() {
     restore_labels user "$home"
 }
 
+# finish_home: make the $home of a user who logs in with a password, which also works without a home
+finish_home() {
+    make_home || complain "user: $reason"
+}
+
 # find_owner FOLDER: sets $value to the number of the user that owns it, not a symlink to it. ls
 # prints for example:
 #     drwxr-x--- 3 1000 1000 4096 Nov 27 10:00 /home/azureuser
@@ -1786,14 +1790,18 @@ find_dvd_text() {
 # decode_entities TEXT: sets $value to a text of read_xml with the entities decoded, such as &amp;
 # and &#13; and &#xD;. Any other '&' becomes INVALID.
 decode_entities() {
-    local rest piece character IFS='&'
-    value=${1%%'&'*}
-    rest=${1#"$value"}           # from the first '&' on
-    for piece in ${rest#'&'}; do # IFS cuts at each '&': amp;TEXT
-        find_character "$piece" || character=$INVALID
-        value=$value$character${piece#*;}
+    local piece character is_first=yes IFS='&'
+    value=''
+    for piece in $1; do # IFS cuts at each '&': TEXT, amp;TEXT, ...
+        if [ -n "$is_first" ]; then
+            value=$piece
+            is_first=''
+        else
+            find_character "$piece" || character=$INVALID
+            value=$value$character${piece#*;}
+        fi
     done
-    case $rest in
+    case $1 in
     *'&') value=$INVALID ;; # the loop does not see an empty piece at the end
     esac
 }
@@ -2066,8 +2074,8 @@ save_data() {
     fi
 }
 
-# save_decoded LABEL FILE TEXT: decode a text in base64, and write it to a file. Nothing: remove the
-# file of an earlier VM. Can fail.
+# save_decoded LABEL FILE TEXT: decode a text in base64, and write it to a file. If it is '', remove
+# an earlier VM's file. Can fail.
 save_decoded() {
     remove_white_space "$3"
     is_base64 "$value" || fail "$1: no base64" || return

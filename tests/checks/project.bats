@@ -616,6 +616,19 @@ copy_kit() {
     done
 }
 
+@test "custom data of 64 KiB takes at most 2 seconds of CPU" {
+    while read -r program; do
+        run python3 tests/kit/run.py --only data/must-custom-64-kib \
+            "sh -c 'ulimit -t 2; exec \"\$@\"' sh $program"
+        echo "$program: $output"
+        [[ $output == *'1 passed, 0 failed' ]] || [ "$status" -eq 3 ]
+    done <<END
+$PWD/azure-provisioning.py
+$PWD/azure-provisioning.sh
+bash $PWD/azure-provisioning.sh
+END
+}
+
 @test "the runner refuses a base URL that is not on loopback" {
     copy_kit
     printf 'settings: AZURE_PROVISIONING_IMDS=http://192.0.2.1\n' >>"$folder/kit/cases/runs/must-hostname.case"

@@ -23,7 +23,7 @@ SHELL_PART_USED = re.compile(rf'\$(?:{{(?:{"|".join(PARTS)})[^}}]*}}|(?:{"|".joi
 SHELL_CONSTANT = re.compile(r"^([A-Z_]+)='([^'\n]*)'$", re.MULTILINE)
 SHELL_VARIABLE = re.compile(r'\$\{[^}]*\}|\$\w+')
 # A reason that is handed on, and words in front of one.
-NO_REASON = re.compile('(azure-provisioning: |…: |…)*|…: attempt … of …: …')
+NO_REASON = re.compile('(azure-provisioning: |user: |…: |…)*|…: attempt … of …: …')
 
 
 def python_reasons(source):

@@ -92,7 +92,7 @@ run_state = types.SimpleNamespace(
 
 CONNECT_LIMIT = 3  # seconds to connect, at most; they are part of the timeout
 BODY_LIMIT = 65536  # bytes of a reply's body, at most
-ABSENCES_NEEDED = 5  # IMDS is believed once it has said so often that there is no such value
+ABSENCES_NEEDED = 5  # replies 'no such value' after which IMDS is believed
 DVD_ATTEMPTS = 30  # to read the DVD, as the drive, or the medium in it, may come late
 ATTEMPTS_BEFORE_DVD = 60  # to get a value from IMDS; then the DVD is read
 WHITE_SPACE = ' \t\n\r'  # the characters that are white space in XML
@@ -494,7 +494,8 @@ def read_body(response, limit, reply):
         return 'broken reply'
     if len(body) > limit:
         return 'reply too large'
-    # The shell cannot hold a NUL byte, so that both programs refuse all values of such a body.
+    # The shell cannot hold a NUL byte, and makes it INVALID. So both programs refuse all values of
+    # a body with one of these two.
     if b'\0' in body or INVALID.encode() in body:
         body = INVALID.encode()
     reply.body = body
@@ -1088,7 +1089,7 @@ def find_password_ban(dvd_root):
 
 
 def pick_keys(key_number, text):
-    """Return the valid SSH keys in the text with this number. Print of each key if it is valid."""
+    """Return the valid SSH keys in the text with this number. Print whether each key is valid."""
     keys = []
     for key in split_keys(text):
         if is_ssh_key(key):
@@ -1701,7 +1702,9 @@ def find_client(interface):
     return ''
 
 
-DHCPCD_PID = '/run/dhcpcd/pid'  # of a dhcpcd for all interfaces; that of a single one ignores -h
+DHCPCD_PID = (
+    '/run/dhcpcd/pid'  # of a dhcpcd for all interfaces; one for a single interface ignores -h
+)
 
 
 def dhcpcd_lease(interface):

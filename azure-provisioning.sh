@@ -80,12 +80,12 @@ has_reply='' # whether any server has answered so far
 
 CONNECT_LIMIT=3        # seconds to connect, at most; they are part of the timeout
 BODY_LIMIT=65536       # bytes of a reply's body, at most
-ABSENCES_NEEDED=5      # IMDS is believed once it has said so often that there is no such value
+ABSENCES_NEEDED=5      # replies 'no such value' after which IMDS is believed
 DVD_ATTEMPTS=30        # to read the DVD, as the drive, or the medium in it, may come late
 ATTEMPTS_BEFORE_DVD=60 # to get a value from IMDS; then the DVD is read
 NEWLINE='
 '
-WHITE_SPACE=$(printf ' \t\n\r') # that of XML. $() removes a line feed that comes last: '\r' does.
+WHITE_SPACE=$(printf ' \t\n\r') # that of XML. '\r' is last, as $() would remove a line feed there.
 
 # A text that cannot be used is replaced by this character, which no valid value has.
 INVALID=$(printf '\001')
@@ -1307,8 +1307,8 @@ find_password_ban() {
     esac
 }
 
-# pick_keys NUMBER TEXT: add the valid SSH keys in the text with this number to $keys. Print of each
-# key if it is valid.
+# pick_keys NUMBER TEXT: add the valid SSH keys in the text with this number to $keys. Print whether
+# each key is valid.
 pick_keys() {
     local key IFS="$NEWLINE"
     split_keys "$2"
@@ -2180,7 +2180,7 @@ find_client() {
     done
 }
 
-DHCPCD_PID=/run/dhcpcd/pid # of a dhcpcd for all interfaces; that of a single one ignores -h
+DHCPCD_PID=/run/dhcpcd/pid # of a dhcpcd for all interfaces; one for a single interface ignores -h
 
 # dhcpcd_lease: sets $value to the path of dhcpcd's lease for $interface, a file that stays when
 # dhcpcd ends
